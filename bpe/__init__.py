@@ -22,6 +22,7 @@ from bpe.formats import (
     from_gguf,
     from_tiktoken,
     from_tokenizer_json,
+    from_tokenizer_model,
     load,
     load_wordpiece,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "from_gguf",
     "from_tiktoken",
     "from_tokenizer_json",
+    "from_tokenizer_model",
     "get_encoding",
     "list_encoding_names",
     "load",

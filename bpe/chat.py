@@ -117,13 +117,8 @@ class ChatTemplate:
         Raises:
             ValueError: as in `render`.
         """
-        ids: list[int] = []
-        for part, is_special in self._parts(encoding, messages, tools, add_generation_prompt):
-            if is_special:
-                ids.append(encoding.special_tokens[part])
-            else:
-                ids += encoding.encode_ordinary(part)
-        return ids
+        parts = list(self._parts(encoding, messages, tools, add_generation_prompt))
+        return list(itertools.chain.from_iterable(encoding.encode_parts(parts)))
 
     def encode_with_assistant_spans(
         self,
@@ -150,19 +145,21 @@ class ChatTemplate:
         """
         spans = self.assistant_spans(messages, tools=tools)
         boundaries = sorted({offset for span in spans for offset in span})
-        ids: list[int] = []
-        token_offsets: dict[int, int] = {}  # character offset of a segment -> index of its first id
+        segments: list[tuple[str, bool]] = []
+        starts: list[int] = []  # the character offset of each segment
         start = 0
         for part, is_special in self._parts(encoding, messages, tools, False):
             end = start + len(part)
             inside = [] if is_special else [b for b in boundaries if start < b < end]
             for left, right in itertools.pairwise([start, *inside, end]):
-                token_offsets[left] = len(ids)
-                if is_special:
-                    ids.append(encoding.special_tokens[part])
-                else:
-                    ids += encoding.encode_ordinary(part[left - start : right - start])
+                starts.append(left)
+                segments.append((part[left - start : right - start], is_special))
             start = end
+        ids: list[int] = []
+        token_offsets: dict[int, int] = {}  # character offset of a segment -> index of its first id
+        for left, segment_ids in zip(starts, encoding.encode_parts(segments), strict=True):
+            token_offsets[left] = len(ids)
+            ids += segment_ids
         token_offsets[start] = len(ids)
         if not token_offsets.keys() >= set(boundaries):
             raise ValueError("an assistant message begins or ends within a special token")

@@ -13,11 +13,11 @@ import functools
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
+from bpe.added_tokens import WHITESPACE, AddedToken, TokenSplitter, token_splitter
 from bpe.pretokenize import split
-from bpe.special_tokens import check_disallowed_special, fix_surrogates, special_token_regex
+from bpe.special_tokens import check_disallowed_special, fix_surrogates
 from bpe.unstable import completions
 from bpe.vocab import Vocab
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Allowed = Literal["all"] | AbstractSet[str]
 Disallowed = Literal["all"] | Collection[str]
+Position = Literal["start", "after token", "inside"]
+"""Where a part stands: at the start of its text, after an added token, or after ordinary text."""
 
 # Text repeats its words. An entry takes about 300 bytes; a full cache is cleared.
 _CACHE_ENTRIES = 1 << 15
@@ -47,6 +49,7 @@ class Encoding(Vocab):
     Attributes and arguments are those of `Vocab`.
     """
 
+    dummy_prefix = False  # whether encoding puts a space before a text, which decoding drops
     # (function, arguments) that returns this object, for pickling; None: pickle the arguments.
     factory: tuple[Callable[[str], Encoding], tuple[str]] | None = None
 
@@ -209,11 +212,11 @@ class Encoding(Vocab):
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
         check_disallowed_special(text, disallowed)
-        parts = self._split_special(fix_surrogates(text), allowed)
-        pieces = split(self._patterns, self._normalize(parts[-1]))
-        if not pieces:
-            return self._encode(text, allowed), []
-        ids = self._encode("".join(parts[:-1]), allowed)
+        items = self._items(fix_surrogates(text), allowed)
+        if not items or not isinstance(items[-1], str):
+            return [id for item in items for id in self._encode_item(item)], []
+        pieces = split(self._patterns, items[-1])
+        ids = [id for item in items[:-1] for id in self._encode_item(item)]
         for piece in pieces[
             :-1
         ]:  # not as one text: without the last piece, it might be split otherwise
@@ -257,26 +260,102 @@ class Encoding(Vocab):
             disallowed = self.special_tokens_set - allowed
         return allowed, disallowed
 
-    def _split_special(self, text: str, allowed: AbstractSet[str]) -> list[str]:
-        """Return ordinary text at even positions and special tokens at odd ones."""
-        present = frozenset(self.special_tokens.keys() & allowed)
-        return special_token_regex(present).split(text) if present else [text]
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Encode the parts of one text, which the caller has split at special tokens.
+
+        A part of ordinary text is encoded as a continuation of the part before it. This matters for
+        vocabularies that put a space before the first word of a text (`bpe.sentencepiece`), and for
+        special tokens that take the whitespace around them.
+
+        Args:
+            parts: (text, whether it is a special token), in order.
+
+        Returns:
+            The ids of each part.
+
+        Raises:
+            KeyError: if a part is not a special token of the vocabulary.
+        """
+        results: list[list[int]] = []
+        position: Position = "start"
+        for i, (text, is_special) in enumerate(parts):
+            if is_special:
+                results.append([self.special_tokens[text]])
+                position = "after token"
+                continue
+            if i and parts[i - 1][1] and self._flags(parts[i - 1][0]).rstrip:
+                text = text.lstrip(WHITESPACE)
+            if i + 1 < len(parts) and parts[i + 1][1] and self._flags(parts[i + 1][0]).lstrip:
+                text = text.rstrip(WHITESPACE)
+            items = self._items(fix_surrogates(text), frozenset(), position)
+            results.append([id for item in items for id in self._encode_item(item)])
+            position = "inside" if text else position
+        return results
+
+    def _flags(self, content: str) -> AddedToken:
+        return self._added_by_content.get(content) or AddedToken(content=content, id=-1)
+
+    @functools.cached_property
+    def _added_by_content(self) -> dict[str, AddedToken]:
+        return {token.content: token for token in self.added_tokens}
+
+    def _splitter(self, allowed: AbstractSet[str], normalized: bool = False) -> TokenSplitter:
+        """Return the splitter at allowed special tokens and at the tokens of every text."""
+        tokens = [token for token in self.added_tokens if not token.special]
+        for content in self.special_tokens.keys() & allowed:
+            flags = self._added_by_content.get(content)
+            tokens.append(flags or AddedToken(content=content, id=self.special_tokens[content]))
+        return token_splitter(frozenset(t for t in tokens if t.normalized == normalized))
+
+    @functools.cached_property
+    def _splitters(self) -> dict[tuple[AbstractSet[str] | None, bool], TokenSplitter]:
+        """The splitters for no special token and for all of them."""
+        choices = [(frozenset(), False), (frozenset(), True)]
+        choices += [(self.special_tokens_set, False), (self.special_tokens_set, True)]
+        return {
+            (None if allowed else frozenset(), normalized): self._splitter(allowed, normalized)
+            for allowed, normalized in choices
+        }
+
+    def _split_at_tokens(
+        self, text: str, allowed: AbstractSet[str], normalized: bool = False
+    ) -> list[str | AddedToken]:
+        if not allowed or allowed is self.special_tokens_set:
+            key = None if allowed else frozenset[str]()
+            return self._splitters[key, normalized].split(text)
+        return self._splitter(allowed, normalized).split(text)
+
+    def _items(
+        self, text: str, allowed: AbstractSet[str], position: Position = "start"
+    ) -> list[str | int]:
+        """Return the ids of the added tokens in a text, and the normalized texts between them.
+
+        Args:
+            text: a text without surrogates.
+            allowed: the special tokens to find.
+            position: where the text stands; used by vocabularies that mark the start of a text.
+        """
+        return [
+            self.normalize(part) if isinstance(part, str) else part.id
+            for part in self._split_at_tokens(text, allowed)
+        ]
+
+    def _encode_item(self, item: str | int) -> list[int]:
+        return [item] if isinstance(item, int) else self._encode_ordinary(item)
 
     def _encode(self, text: str, allowed: AbstractSet[str]) -> list[int]:
         if self._should_use_fast_encoder([text]):
             return self._encode_fast([text], allowed)[0].tolist()
         ids: list[int] = []
-        for i, part in enumerate(self._split_special(fix_surrogates(text), allowed)):
-            if i % 2:
-                ids.append(self.special_tokens[part])
-            else:
-                ids += self._encode_ordinary(part)
+        for item in self._items(fix_surrogates(text), allowed):
+            ids += self._encode_item(item)
         return ids
 
     def _encode_ordinary(self, text: str) -> list[int]:
+        """Encode a normalized text without added tokens."""
         cache = self._cache
         ids: list[int] = []
-        pieces = split(self._patterns, self._normalize(text))
+        pieces = split(self._patterns, text)
         if not text.isascii() and max(map(len, pieces)) > _LONG_PIECE:
             pieces = [part for piece in pieces for part in self._split_long_piece(piece)]
         for piece in pieces:
@@ -304,7 +383,8 @@ class Encoding(Vocab):
 
         return SplitPoints(self)
 
-    def _normalize(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
+        """Return the text that is split and merged, where it has no added tokens."""
         if self.normalization and not text.isascii():
             return unicodedata.normalize(self.normalization, text)
         return text
@@ -331,19 +411,23 @@ class Encoding(Vocab):
         import numpy as np
 
         assert self._fast_encoder is not None
-        parts = [self._split_special(fix_surrogates(text), allowed) for text in texts]
-        ordinary = [self._normalize(part) for text in parts for part in text[::2]]
+        texts_items = [self._items(fix_surrogates(text), allowed) for text in texts]
+        ordinary = [item for items in texts_items for item in items if isinstance(item, str)]
         ids, counts = self._fast_encoder.encode(ordinary)
-        if len(ordinary) == 1:  # one text without special tokens
+        if len(ordinary) == 1 == len(texts) == len(texts_items[0]):  # a text without added tokens
             return [ids]
-        special = [[self.special_tokens[token] for token in text[1::2]] for text in parts]
-        # Insert each special token after the ordinary ids before it.
-        ends = np.cumsum(counts)
-        last = np.array(list(accumulate(len(text) // 2 + 1 for text in parts)), np.intp) - 1
-        offsets = np.delete(ends, last) if any(special) else np.empty(0, np.intp)
-        ids = np.insert(ids, offsets, [id for text in special for id in text])
-        text_ends = ends[last] + np.cumsum([len(text) for text in special], dtype=np.intp)
-        return np.split(ids, text_ends[:-1])
+        items = [item for items in texts_items for item in items]
+        is_token = np.array([isinstance(item, int) for item in items], np.bool_)
+        sizes = np.ones(len(items), np.intp)
+        sizes[~is_token] = counts
+        ends = np.cumsum(sizes)
+        is_ordinary = np.ones(sizes.sum(), np.bool_)
+        is_ordinary[ends[is_token] - 1] = False
+        result = np.empty(len(is_ordinary), np.uint32)
+        result[is_ordinary] = ids
+        result[~is_ordinary] = [item for item in items if isinstance(item, int)]
+        text_ends = np.append(0, ends)[np.cumsum([len(items) for items in texts_items])]
+        return np.split(result, text_ends[:-1])
 
     def _is_blank(self, id: int) -> bool:
         token = self._decoder[id]
@@ -526,6 +610,8 @@ class Encoding(Vocab):
             "ignore_merges": self.merges is not None and self.ignore_merges,
             "normalization": self.normalization,
             "dropped_bytes": self.dropped_bytes,
+            "added_tokens": self.added_tokens,
+            "unreachable_tokens": self.unreachable_tokens,
         }
         return _rebuild, (self.name, arguments)
 

@@ -21,13 +21,13 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import regex
 
-from bpe.fast_pretokenizer import FAST_PATTERNS, pretokenize_batch
+from bpe.fast_pretokenizer import FAST_PATTERNS, PieceOffsets, pretokenize_batch
 from bpe.hash_table import GrowableArray, HashTable, Ints, Uint64s, concat_ranges, sliding_uint64
 from bpe.split_points import SplitPoints
 from bpe.vocab import Vocab
@@ -72,7 +72,7 @@ class FastEncoder:
         (self._pattern,) = vocab.patterns
         self._vocab, self._split_points = vocab, split_points or SplitPoints(vocab)
         self._lock = threading.Lock()
-        self._piece_cache = _PieceCache(vocab)
+        self._piece_cache = self._new_cache()
 
     @staticmethod
     def supports(patterns: Sequence[str]) -> bool:
@@ -92,13 +92,29 @@ class FastEncoder:
             try:
                 return self._encode(texts)
             except BaseException:  # an interruption may have left the cache inconsistent
-                self._piece_cache = _PieceCache(self._vocab)
+                self._piece_cache = self._new_cache()
                 raise
+
+    def _new_cache(self) -> PieceCache:
+        return PieceCache(self._vocab.ranks if self._vocab.ignore_merges else {})
+
+    def _pretokenize(self, texts: Sequence[str]) -> tuple[PieceOffsets, Uint64s]:
+        """Return the pieces of several texts, and `sliding_uint64` of their data."""
+        data, offsets, separators = pretokenize_batch(self._pattern, texts)
+        uint64s = sliding_uint64(data)
+        if not data.isascii():
+            offsets, separators = self._split_points.split_batch(data, uint64s, offsets, separators)
+        return PieceOffsets(data, offsets, separators), uint64s
+
+    def _find_cut(self, text: str, position: int) -> int | None:
+        """Return a position, from `position` on, whose two sides can be pretokenized separately."""
+        safe = _SAFE_CUT.search(text, position)
+        return safe.end() if safe else None
 
     def _encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:
         ids, counts = [np.empty(0, np.uint32)], [np.empty(0, np.intp)]
         text_indices: list[int] = []
-        for block in _split_into_blocks(texts):
+        for block in _split_into_blocks(texts, self._find_cut):
             for chunk_ids, chunk_counts in self._encode_block([parts for _, parts in block]):
                 ids.append(chunk_ids)
                 counts.append(chunk_counts)
@@ -110,15 +126,12 @@ class FastEncoder:
         """Yield the ids of each chunk, and the number of ids of each of its texts."""
         cache = self._piece_cache
         if cache.num_added_ids > MAX_ADDED_IDS:
-            cache = self._piece_cache = _PieceCache(self._vocab)
+            cache = self._piece_cache = self._new_cache()
         new_pieces: dict[bytes, int] = {}  # piece -> its future number in the cache
         size = cache.size
         lookups = []
         for chunk in chunks:
-            data, begin, separators = pretokenize_batch(self._pattern, chunk)
-            uint64s = sliding_uint64(data)
-            if not data.isascii():
-                begin, separators = self._split_points.split_batch(data, uint64s, begin, separators)
+            (data, begin, separators), uint64s = self._pretokenize(chunk)
             number = cache.find(data, uint64s, begin[:-1], np.diff(begin))
             number[separators[:-1]] = cache.EMPTY_PIECE
             missing = np.flatnonzero(number < 0)
@@ -166,29 +179,32 @@ class FastEncoder:
         return ids, count
 
 
-class _PieceCache:
+class PieceCache:
     """The numbers of all cached pieces, and their ids in one array."""
 
     EMPTY_PIECE = 0  # the number of the empty piece, which has no ids; used for separators
 
-    def __init__(self, vocab: Vocab):
+    def __init__(self, tokens: Mapping[bytes, int]):
+        """Create a cache that holds the empty piece and the pieces that are one token."""
         self._table = HashTable(words_per_key=2)
         self._long: dict[bytes, int] = {}
         self._ids = GrowableArray(np.uint32)
         self._head = GrowableArray(np.uint32, 2)  # the first id of each piece, and its id count
         self._first = GrowableArray(np.intp)  # the offset in _ids of the ids of each piece
         self.add([b""], np.empty(0, np.uint32), np.zeros(1, np.intp))
-        if vocab.ignore_merges:
-            ids = np.fromiter(vocab.ranks.values(), np.uint32)
-            self.add(list(vocab.ranks), ids, np.ones(len(ids), np.intp))
+        if tokens:
+            ids = np.fromiter(tokens.values(), np.uint32)
+            self.add(list(tokens), ids, np.ones(len(ids), np.intp))
         self._num_initial_ids = self._ids.size
 
     @property
     def size(self) -> int:
+        """The number of pieces."""
         return self._head.size
 
     @property
     def num_added_ids(self) -> int:
+        """The number of ids of the pieces that were added later."""
         return self._ids.size - self._num_initial_ids
 
     def find(self, data: bytes, uint64s: Uint64s, begin: Ints, length: Ints) -> Ints:
@@ -286,7 +302,7 @@ class _PairTable:
 
 def _mergeable_pairs(vocab: Vocab) -> tuple[Uint64s, Uint64s, Ints]:
     """Return all pairs of tokens whose concatenation is a token: left, right and merged ids."""
-    cache, tokens = _PieceCache(vocab), list(vocab.ranks)
+    cache, tokens = PieceCache(vocab.ranks), list(vocab.ranks)
     ids = np.fromiter([0, *vocab.ranks.values()], np.intp)  # by number in `cache`
     pairs = []
     for start in range(0, len(tokens), 1 << 16):  # in batches, to limit memory
@@ -437,14 +453,16 @@ class FastDecoder:
 # Chunks of text
 
 
-def _split_into_blocks(texts: Sequence[str]) -> Iterator[list[tuple[list[int], list[str]]]]:
+def _split_into_blocks(
+    texts: Sequence[str], find_cut: Callable[[str, int], int | None]
+) -> Iterator[list[tuple[list[int], list[str]]]]:
     """Yield blocks of chunks; a chunk holds parts of texts, and the indices of these texts."""
     block: list[tuple[list[int], list[str]]] = []
     indices: list[int] = []
     parts: list[str] = []
     chunk_chars = block_chars = 0
     for index, text in enumerate(texts):
-        for part in _split_at_safe_cuts(text):
+        for part in _split_at_safe_cuts(text, find_cut):
             indices.append(index)
             parts.append(part)
             chunk_chars += len(part)
@@ -461,13 +479,12 @@ def _split_into_blocks(texts: Sequence[str]) -> Iterator[list[tuple[list[int], l
         yield block
 
 
-def _split_at_safe_cuts(text: str) -> Iterator[str]:
+def _split_at_safe_cuts(text: str, find_cut: Callable[[str, int], int | None]) -> Iterator[str]:
     """Yield parts of about CHUNK_CHARS characters that can be pretokenized separately."""
     begin = 0
     while len(text) - begin > CHUNK_CHARS:
-        safe = _SAFE_CUT.search(text, begin + CHUNK_CHARS)
-        if not safe:
+        if (end := find_cut(text, begin + CHUNK_CHARS)) is None:
             break
-        yield text[begin : safe.end()]
-        begin = safe.end()
+        yield text[begin:end]
+        begin = end
     yield text[begin:] if begin else text

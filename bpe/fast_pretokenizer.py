@@ -80,11 +80,23 @@ def pretokenize_batch(pattern: str, texts: Sequence[str]) -> PieceOffsets:
     else:
         start[separators] = True  # also of empty texts
         offsets = np.flatnonzero(start)
+    return to_byte_offsets(data, offsets, separators, len(joined))
+
+
+def to_byte_offsets(data: bytes, offsets: Ints, separators: Ints, num_chars: int) -> PieceOffsets:
+    """Return the offsets of pieces in UTF-8.
+
+    Args:
+        data: as in `PieceOffsets`.
+        offsets: the offset in characters of each piece and separator.
+        separators: the offset in characters of each separator.
+        num_chars: the number of characters of `data`.
+    """
     if len(separators) > 2:
         indices = np.searchsorted(offsets, separators)
     else:
         indices = np.array([0, len(offsets) - 1])
-    if len(data) != len(joined):
+    if len(data) != num_chars:
         first_byte = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
         offsets = first_byte.take(offsets)
     return PieceOffsets(data, offsets, indices)

@@ -159,26 +159,46 @@ def split(patterns: Sequence[regex.Pattern[str]], text: str) -> list[str]:
 
 
 def _split_one(pattern: regex.Pattern[str], text: str) -> list[str]:
-    # The built-in patterns need no time limit, which would double their time.
-    seconds = (
-        None
-        if pattern.pattern in _BUILTIN_PATTERNS
-        else TIMEOUT_BASE_SECONDS + len(text) / TIMEOUT_CHARS_PER_SECOND
-    )
-    try:
-        if pattern.groups == 0:
+    seconds = _time_limit(pattern, text)
+    if pattern.groups == 0:
+        try:
             pieces = pattern.findall(text, timeout=seconds)
-            if sum(map(len, pieces)) == len(text) and "" not in pieces:
-                return pieces
-        # Rare: gaps, empty matches, or capture groups, which `findall` would return instead.
-        pieces, end = [], 0
-        for match in pattern.finditer(text, timeout=seconds):
-            pieces += [text[end : match.start()], match.group()]
-            end = match.end()
-    except TimeoutError:
-        raise ValueError(
-            f"split pattern {pattern.pattern!r} took more than {seconds:.1f} s "
-            f"on {len(text)} characters; simplify the pattern"
-        ) from None
+        except TimeoutError:
+            raise _timeout_error(pattern, text) from None
+        if sum(map(len, pieces)) == len(text) and "" not in pieces:
+            return pieces
+    # Rare: gaps, empty matches, or capture groups, which `findall` would return instead.
+    pieces, end = [], 0
+    for start, stop in find_all(pattern, text):
+        pieces += [text[end:start], text[start:stop]]
+        end = stop
     pieces.append(text[end:])
     return [piece for piece in pieces if piece]
+
+
+def find_all(pattern: regex.Pattern[str], text: str) -> list[tuple[int, int]]:
+    """Return the (start, end) of every match of a pattern.
+
+    Raises:
+        ValueError: if the pattern exceeds its time limit.
+    """
+    try:
+        return [
+            match.span() for match in pattern.finditer(text, timeout=_time_limit(pattern, text))
+        ]
+    except TimeoutError:
+        raise _timeout_error(pattern, text) from None
+
+
+def _time_limit(pattern: regex.Pattern[str], text: str) -> float | None:
+    # The built-in patterns need no time limit, which would double their time.
+    if pattern.pattern in _BUILTIN_PATTERNS:
+        return None
+    return TIMEOUT_BASE_SECONDS + len(text) / TIMEOUT_CHARS_PER_SECOND
+
+
+def _timeout_error(pattern: regex.Pattern[str], text: str) -> ValueError:
+    return ValueError(
+        f"split pattern {pattern.pattern!r} took more than {_time_limit(pattern, text):.1f} s "
+        f"on {len(text)} characters; simplify the pattern"
+    )

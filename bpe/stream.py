@@ -13,6 +13,9 @@ from typing import Protocol
 
 
 class _TokenDecoder(Protocol):
+    @property
+    def dummy_prefix(self) -> bool: ...
+
     def decode_single_token_bytes(self, token: int, /) -> bytes: ...
 
 
@@ -23,9 +26,16 @@ class StreamDecoder:
     only bytes that are invalid UTF-8 in the complete text.
     """
 
-    def __init__(self, encoding: _TokenDecoder):
-        """Create a decoder for the tokens of `encoding`."""
+    def __init__(self, encoding: _TokenDecoder, *, after_prompt: bool = False):
+        """Create a decoder.
+
+        Args:
+            encoding: the vocabulary of the tokens.
+            after_prompt: whether the tokens continue a prompt. Then a space at the start is a part
+                of the text; at the start of a text, `encoding` may have put it there.
+        """
         self._encoding = encoding
+        self._drops_space = encoding.dummy_prefix and not after_prompt
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
@@ -34,7 +44,10 @@ class StreamDecoder:
         Raises:
             KeyError: if the encoding has no such token.
         """
-        return self._utf8.decode(self._encoding.decode_single_token_bytes(token))
+        data = self._encoding.decode_single_token_bytes(token)
+        if self._drops_space:
+            data, self._drops_space = data.removeprefix(b" "), False
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """End the text: return U+FFFD if the last character is incomplete, else nothing."""

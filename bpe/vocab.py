@@ -14,8 +14,11 @@ There are two kinds of vocabularies, with a different order of merges:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import Any, Literal
 
+from bpe.added_tokens import AddedToken
 from bpe.merge import NO_MERGE, merge
 from bpe.pretokenize import compile_pattern
 
@@ -27,6 +30,7 @@ class Vocab:
         name: the name in messages.
         ranks: token bytes to id, without the special tokens.
         special_tokens: text to id.
+        added_tokens: the tokens that every text is searched for, and the flags of special tokens.
         max_token_value: the highest id.
         patterns: the split patterns, applied in turn.
         merges: pair of tokens to rank; None if the ids are the ranks.
@@ -47,6 +51,8 @@ class Vocab:
         normalization: Literal["NFC"] | None = None,
         dropped_bytes: bytes = b"",
         explicit_n_vocab: int | None = None,
+        added_tokens: Iterable[AddedToken] = (),
+        unreachable_tokens: Mapping[int, bytes] = MappingProxyType({}),
     ):
         """Create and check a vocabulary.
 
@@ -66,14 +72,18 @@ class Vocab:
                 dropped: SmolLM2 has no token for byte 4, and Hugging Face's tokenizer drops it too.
             explicit_n_vocab: the expected number of tokens, with the ids from 0 on; None or 0 skips
                 this check.
+            added_tokens: the tokens that every text is searched for (`special` is false), and the
+                flags of those tokens of `special_tokens` that have any.
+            unreachable_tokens: id to bytes of tokens that no text becomes, for decoding.
 
         Raises:
             ValueError: if an id is repeated or invalid, a byte has no token, a merge has a pair or
                 a result that is not a token, or the number of tokens is not `explicit_n_vocab`.
         """
-        self.name = name
-        self.ranks = dict(ranks)
-        self.special_tokens = dict(special_tokens)
+        self._set_tokens(name, ranks, special_tokens, added_tokens)
+        self.unreachable_tokens = dict(unreachable_tokens)
+        self._decoder = self.unreachable_tokens | self._decoder
+        self.max_token_value = max(self._decoder)
         self.normalization: Literal["NFC"] | None = normalization
         self.dropped_bytes = bytes(dropped_bytes)
         self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
@@ -85,23 +95,6 @@ class Vocab:
                 f"encoding {name!r}: no token for the bytes {missing!r}, "
                 f"but dropped_bytes is {self.dropped_bytes!r}"
             )
-        if "" in self.special_tokens or b"" in self.ranks:
-            raise ValueError(f"encoding {name!r}: a token must not be empty")
-
-        for ids in (self.ranks, self.special_tokens):
-            # Check all ids at once: there may be 200,000, and this code runs at startup.
-            if set(map(type, ids.values())) - {int} or (
-                ids and not 0 <= min(ids.values()) <= max(ids.values()) < 1 << 32
-            ):
-                _raise_invalid_ids(name, ids)
-        # Two special tokens may have the same id (o200k_harmony); decoding returns the first.
-        special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
-        self._decoder = {id: token for token, id in self.ranks.items()} | special
-        if len(self._decoder) != len(self.ranks) + len(special):
-            raise ValueError(
-                f"encoding {name!r}: {_describe_duplicate(self.ranks, self.special_tokens)}"
-            )
-        self.max_token_value = max(self._decoder)
         if explicit_n_vocab and not len(self._decoder) == self.n_vocab == explicit_n_vocab:
             raise ValueError(
                 f"encoding {name!r}: explicit_n_vocab is {explicit_n_vocab}, but there are "
@@ -121,6 +114,42 @@ class Vocab:
                     raise ValueError(f"encoding {name!r}: merge {pair} is listed twice")
                 self.merges[pair] = len(self.merges)
         self.ignore_merges = merges is None or ignore_merges
+
+    def _set_tokens(
+        self,
+        name: str,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        added_tokens: Iterable[AddedToken],
+    ) -> None:
+        """Set and check the tokens and their ids."""
+        self.name = name
+        self.ranks = dict(ranks)
+        self.special_tokens = dict(special_tokens)
+        self.added_tokens = tuple(added_tokens)
+        if "" in self.special_tokens or b"" in self.ranks:
+            raise ValueError(f"encoding {name!r}: a token must not be empty")
+
+        text_tokens = {token.content: token.id for token in self.added_tokens if not token.special}
+        for ids in (self.ranks, self.special_tokens, text_tokens):
+            # Check all ids at once: there may be 200,000, and this code runs at startup.
+            if set(map(type, ids.values())) - {int} or (
+                ids and not 0 <= min(ids.values()) <= max(ids.values()) < 1 << 32
+            ):
+                _raise_invalid_ids(name, ids)
+        # Two special tokens may have the same id (o200k_harmony); decoding returns the first.
+        special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
+        added = {id: token.encode() for token, id in text_tokens.items()}
+        self._decoder = {id: token for token, id in self.ranks.items()} | special | added
+        if len(self._decoder) != len(self.ranks) + len(special) + len(text_tokens):
+            tokens = [*self.ranks.items(), *self.special_tokens.items(), *text_tokens.items()]
+            raise ValueError(f"encoding {name!r}: {_describe_duplicate(tokens)}")
+        self.max_token_value = max(self._decoder)
+
+    @property
+    def token_ids(self) -> AbstractSet[int]:
+        """All ids that stand for a token."""
+        return self._decoder.keys()
 
     @property
     def n_vocab(self) -> int:
@@ -157,9 +186,9 @@ def _raise_invalid_ids(name: str, ids: Mapping[Any, Any]) -> None:
             )
 
 
-def _describe_duplicate(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
+def _describe_duplicate(items: Iterable[tuple[bytes | str, int]]) -> str:
     tokens: dict[int, bytes | str] = {}
-    for token, id in [*ranks.items(), *special_tokens.items()]:
+    for token, id in items:
         if id in tokens:
             return f"tokens {tokens[id]!r} and {token!r} both have the id {id}"
         tokens[id] = token

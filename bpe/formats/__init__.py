@@ -1,11 +1,9 @@
-"""Read vocabularies: `.tiktoken` files, `tokenizer.json` files of Hugging Face, and GGUF metadata.
+"""Read vocabularies: `.tiktoken`, `tokenizer.json`, `tokenizer.model` files, and GGUF metadata.
 
 Each reader is strict about settings that change the ids. A tokenizer with a wrong setting still
 encodes text, but to ids that the model was not trained on, which is hard to notice. Therefore an
 unsupported setting raises a ValueError with the file and the key. A key that neither `tokenizers`
 nor llama.cpp reads is ignored and logged once.
-
-SentencePiece vocabularies (Llama 2, Mistral, Gemma) are not supported.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from pathlib import Path
 from bpe.formats.bert import load_wordpiece
 from bpe.formats.byte_level import bytes_to_unicode
 from bpe.formats.gguf import from_gguf, read_gguf_metadata
-from bpe.formats.huggingface import from_folder, from_tokenizer_json
+from bpe.formats.huggingface import from_folder, from_tokenizer_json, from_tokenizer_model
 from bpe.formats.tiktoken import from_tiktoken
 from bpe.formats.tokenizer import Tokenizer
 from bpe.openai_encodings import ENCODING_SPECS, TIKTOKEN_SHA256
@@ -28,6 +26,7 @@ __all__ = [
     "from_gguf",
     "from_tiktoken",
     "from_tokenizer_json",
+    "from_tokenizer_model",
     "load",
     "load_wordpiece",
 ]
@@ -37,8 +36,9 @@ def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer from a file or folder of any supported format.
 
     Args:
-        path: a `.gguf` file, a `.tiktoken` file of OpenAI, a `tokenizer.json`, or a Hugging Face
-            folder (`tokenizer.json`, `tokenizer_config.json`, chat templates).
+        path: a `.gguf` file, a `.tiktoken` file of OpenAI, a `tokenizer.json`, a `tokenizer.model`
+            of SentencePiece, or a Hugging Face folder (one of the last two files,
+            `tokenizer_config.json`, chat templates).
 
     Raises:
         FileNotFoundError: if `path` does not exist, or the folder has no tokenizer.
@@ -53,6 +53,8 @@ def load(path: str | Path) -> Tokenizer:
         return from_gguf(read_gguf_metadata(path), source=str(path))
     if path.suffix == ".json":
         return from_tokenizer_json(path)
+    if path.suffix == ".model":
+        return from_tokenizer_model(path)
     if path.suffix == ".tiktoken":
         # OpenAI's files hold only ranks; the name determines the pattern and the special tokens.
         if (expected := TIKTOKEN_SHA256.get(path.stem)) is None:
@@ -69,6 +71,6 @@ def load(path: str | Path) -> Tokenizer:
         spec = ENCODING_SPECS[path.stem]
         return from_tiktoken(path, pattern=spec.pattern, special_tokens=spec.special_tokens)
     raise ValueError(
-        f"{path}: unknown kind of vocabulary; use a .gguf, a .tiktoken, a tokenizer.json, or the "
-        "folder of one"
+        f"{path}: unknown kind of vocabulary; use a .gguf, a .tiktoken, a .model, a "
+        "tokenizer.json, or the folder of one"
     )

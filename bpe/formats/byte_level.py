@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from bpe.added_tokens import AddedToken
 from bpe.encoding import Encoding
 from bpe.formats.checks import short_repr
 
@@ -39,6 +40,7 @@ def from_byte_level(
     ignore_merges: bool,
     normalization: Literal["NFC"] | None,
     where: str,
+    added_tokens: Sequence[AddedToken] = (),
 ) -> Encoding:
     """Build an encoding whose tokens are written with GPT-2's characters for bytes.
 
@@ -51,24 +53,20 @@ def from_byte_level(
         ignore_merges: as in `Vocab`.
         normalization: as in `Vocab`.
         where: the file and key, for error messages.
+        added_tokens: as in `Vocab`.
 
     Raises:
-        ValueError: if a token has an invalid character, a byte is missing, a merge is not a pair of
-            tokens, a special token is whitespace, or `Vocab` rejects the arguments.
+        ValueError: if a byte is missing, a merge is not a pair of
+            tokens, or `Vocab` rejects the arguments.
     """
-    if spaces := [token for token in special_tokens if token.isspace()]:
-        # As in GPT-NeoX and Phi-2. Unlike special tokens, they are matched in every text.
-        raise ValueError(f"{where}: the added token {spaces[0]!r} is whitespace: not supported")
     char_to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
     token_bytes: dict[str, bytes] = {}
+    unreachable: dict[int, bytes] = {}
     for token, id in tokens.items():
         try:
             token_bytes[token] = bytes([char_to_byte[character] for character in token])
-        except KeyError as error:
-            raise ValueError(
-                f"{where}: token {id}, {token!r}, has the character {error.args[0]!r}, "
-                "which represents no byte"
-            ) from None
+        except KeyError:  # a character that represents no byte, as in Command R
+            unreachable[id] = token.encode()
     ranks = {data: tokens[token] for token, data in token_bytes.items()}
     dropped = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
     if missing := dropped.translate(None, _OPTIONAL_BYTES):
@@ -93,6 +91,17 @@ def from_byte_level(
             ignore_merges=ignore_merges,
             normalization=normalization,
             dropped_bytes=dropped,
+            added_tokens=added_tokens,
+            unreachable_tokens=unreachable,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def is_plain_text(token: str) -> bool:
+    """Return whether an added token that is not special is text without markup.
+
+    Such a token is matched in every text: the runs of spaces in GPT-NeoX. Markup, such as
+    `<tool_call>`, structures a conversation, so user text must not produce it.
+    """
+    return token.isspace() or not any(mark in token for mark in "<>[]{}|｜")

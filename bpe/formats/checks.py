@@ -13,12 +13,6 @@ from bpe.log_once import warn_once
 log = logging.getLogger(__name__)
 
 
-SENTENCEPIECE = (
-    "SentencePiece vocabularies are not supported; use a model with a byte-level BPE vocabulary, "
-    "such as GPT-2, Llama 3 or Qwen"
-)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file.
 

@@ -1,43 +1,48 @@
-"""Read a vocabulary from the metadata of a GGUF file, as llama.cpp does (`llama-vocab.cpp`)."""
+"""Read a vocabulary from the metadata of a GGUF file, as llama.cpp does (`llama-vocab.cpp`).
+
+`tokenizer.ggml.model` names the kind: "gpt2" is byte-level BPE, "llama" BPE of characters with
+scores (SentencePiece), "gemma4" BPE of characters with a list of merges, and "t5" Unigram.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from bpe import stop_tokens
-from bpe.formats.byte_level import from_byte_level
-from bpe.formats.checks import SENTENCEPIECE, get_array, get_one_of, to_text, warn_unknown_keys
+from bpe.added_tokens import AddedToken
+from bpe.encoding import Encoding
+from bpe.formats.byte_level import from_byte_level, is_plain_text
+from bpe.formats.checks import get_array, get_one_of, to_text, warn_unknown_keys
+from bpe.formats.gguf_patterns import PRE_TOKENIZERS
+from bpe.formats.sentencepiece import (
+    BPE,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceModel,
+    build_encoding,
+)
 from bpe.formats.tokenizer import Tokenizer, build_chat_templates
-from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
+from bpe.log_once import warn_once
 
-# tokenizer.ggml.pre -> pattern, ignore_merges, normalization, and the default of add_bos_token. The
-# groups are those of llama.cpp (`llama-vocab.cpp`), without groups that add a separator or have
-# tokens of whitespace. The normalization of Qwen2 is not in GGUF files, and llama.cpp does not
-# apply it; Hugging Face's tokenizer does, with which the model was trained.
-_Pre = tuple[str, bool, Literal["NFC"] | None, bool]
+log = logging.getLogger(__name__)
 
+_GGML = "tokenizer.ggml."
 
-_PRE_GROUPS: dict[str, _Pre] = {
-    "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 jais trillion granite-docling"
-    " jina-es jina-de jina-v2-es jina-v2-de": (GPT2, False, None, False),
-    "smollm starcoder refact codeshell exaone minerva-7b mellum2":
-        (SMOLLM, False, None, False),
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": (LLAMA3, True, None, True),
-    "dbrx smaug-bpe chatglm-bpe": (LLAMA3, False, None, False),
-    "glm4 glm5": (LLAMA3, True, None, False),
-    "qwen2 deepseek-r1-qwen": (QWEN2, False, "NFC", False),
-    "megrez kormo stablelm2 hunyuan solar-open grok-2": (QWEN2, False, None, False),
-    "gpt-4o llama4 kanana2 talkie minimax-m2": (O200K, False, None, False),
-}  # fmt: skip
+_MODELS = {  # values of tokenizer.ggml.model that are not supported
+    "bert": "a WordPiece vocabulary of an encoder model",
+    "rwkv": "a vocabulary of RWKV",
+    "no_vocab": "no vocabulary",
+    "none": "no vocabulary",
+}
 
-
-_PRE = {name: rule for names, rule in _PRE_GROUPS.items() for name in names.split()}
-
-
-# The keys of tokenizer.ggml.* that change the ids unless they have one of these values. The keys in
-# _UNUSED_KEYS do not change the ids.
+# Keys of tokenizer.ggml.* that change the ids, with the values that are supported for every kind.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_eos_token": (None, False),
     "add_sep_token": (None, False),
@@ -47,30 +52,31 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "normalizer.lowercase": (None, False),
     "normalizer.strip_accents": (None, False),
 }
+_READ_KEYS = {"model", "pre", "tokens", "token_type", "merges", "scores", "add_bos_token"}
+_UNUSED_KEYS = {"token_type_count"}
 
 
-_READ_KEYS = {"model", "pre", "tokens", "token_type", "merges", "add_bos_token"}
+class _Kind(NamedTuple):
+    """How to read a kind of vocabulary.
 
+    Attributes:
+        read: function of metadata, tokens, their types, the name and the source that returns the
+            encoding, and the default of `add_bos_token`.
+        settings: the keys of `_NEUTRAL` that it reads.
+        add_eos: the default of `add_eos_token`.
+    """
 
-_UNUSED_KEYS = {"scores", "token_type_count"}
-
-
-_MODELS = {  # values of tokenizer.ggml.model other than gpt2
-    "bert": "a WordPiece vocabulary of an encoder model",
-    "rwkv": "a vocabulary of RWKV",
-    "no_vocab": "no vocabulary",
-    "none": "no vocabulary",
-}
-
-
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+    read: Callable[[Mapping[str, Any], list[str], list[int], str, str], tuple[Encoding, bool]]
+    settings: frozenset[str] = frozenset()
+    add_eos: bool = False
 
 
 def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> Tokenizer:
     """Create a tokenizer from the metadata of a GGUF file.
 
-    Control and user-defined tokens become special tokens. Tokens marked as unused (Qwen2 pads its
-    vocabulary to a round number) are left out of the encoding.
+    Control tokens become special tokens, and user-defined tokens too unless they are plain text.
+    Tokens marked as unused (Qwen2 pads its vocabulary to a round number) are left out of the
+    encoding.
 
     Args:
         metadata: all key-value pairs of the file; strings may be `str` or UTF-8 `bytes`.
@@ -80,77 +86,41 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
         ValueError: if a key is missing, or has an invalid or unsupported value.
     """
     meta = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
-    ggml = "tokenizer.ggml."
-    model = to_text(meta.get(ggml + "model"))
-    if model in ("llama", "t5", "gemma4"):
-        raise ValueError(f"{source}: {ggml}model is {model!r}: {SENTENCEPIECE}")
-    if model != "gpt2":
-        kind = _MODELS.get(model, "an unknown kind of vocabulary")
+    model = to_text(meta.get(_GGML + "model"))
+    kind = _KINDS.get(model)
+    if kind is None:
+        kind_name = _MODELS.get(model, "an unknown kind of vocabulary")
         raise ValueError(
-            f"{source}: {ggml}model is {model!r}, {kind}; only byte-level BPE ('gpt2') is supported"
+            f"{source}: {_GGML}model is {model!r}, {kind_name}; supported values: "
+            + ", ".join(map(repr, _KINDS))
         )
-    pre = to_text(meta.get(ggml + "pre"))
-    get_one_of({ggml + "pre": pre}, ggml + "pre", list(_PRE), source)
-    pattern, ignore_merges, normalization, add_bos = _PRE[pre]
-    for key, values in _NEUTRAL.items():
-        get_one_of(meta, ggml + key, values, source)
-    known_keys = {ggml + key for key in _READ_KEYS | _UNUSED_KEYS | _NEUTRAL.keys()}
-    known_keys.add("tokenizer.huggingface.json")  # the original tokenizer.json
-    warn_unknown_keys(
-        {
-            key: value
-            for key, value in meta.items()
-            if not key.startswith("tokenizer.chat_template") and not key.endswith("_token_id")
-        },
-        known_keys,
-        "GGUF metadata",
-    )
-
-    tokens = [to_text(token) for token in get_array(meta, ggml + "tokens", source)]
-    types = [int(t) for t in get_array(meta, ggml + "token_type", source)]
+    _check_keys(meta, kind, source)
+    tokens = [to_text(token) for token in get_array(meta, _GGML + "tokens", source)]
+    types = [int(t) for t in get_array(meta, _GGML + "token_type", source)]
     if len(tokens) != len(types):
         raise ValueError(
-            f"{source}: {ggml}tokens has {len(tokens)} items, {ggml}token_type {len(types)}"
+            f"{source}: {_GGML}tokens has {len(tokens)} items, {_GGML}token_type {len(types)}"
         )
-    ordinary: dict[str, int] = {}
-    special: dict[str, int] = {}
-    for id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
-        if token_type == _UNUSED:
-            continue
-        if token_type not in (_NORMAL, _CONTROL, _USER_DEFINED):
-            raise ValueError(
-                f"{source}: {ggml}token_type[{id}] is {token_type}; supported values: 1, 3, 4, 5"
-            )
-        vocab = ordinary if token_type == _NORMAL else special
-        if vocab.setdefault(token, id) != id:
-            raise ValueError(f"{source}: {ggml}tokens has {token!r} at {vocab[token]} and at {id}")
-
-    encoding = from_byte_level(
-        to_text(metadata.get("general.name")) or pre,
-        tokens=ordinary,
-        special_tokens=special,
-        merges=[to_text(merge).split(" ") for merge in get_array(meta, ggml + "merges", source)],
-        patterns=pattern,
-        ignore_merges=ignore_merges,
-        normalization=normalization,
-        where=f"{source}: {ggml}tokens",
-    )
+    name = to_text(metadata.get("general.name"))
+    encoding, add_bos = kind.read(meta, tokens, types, name, source)
 
     def token_id(name: str) -> int | None:
-        id = meta.get(f"{ggml}{name}_token_id")
+        id = meta.get(f"{_GGML}{name}_token_id")
         if id is not None and not 0 <= int(id) < len(tokens):
             if name == "eos":
                 return None  # logged with the other stop tokens
             raise ValueError(
-                f"{source}: {ggml}{name}_token_id is {id}, but there are {len(tokens)} tokens"
+                f"{source}: {_GGML}{name}_token_id is {id}, but there are {len(tokens)} tokens"
             )
         return None if id is None else int(id)
 
     bos_id, eos_id = token_id("bos"), token_id("eos")
-    if (add_bos_token := meta.get(ggml + "add_bos_token")) is not None:
+    if (add_bos_token := meta.get(_GGML + "add_bos_token")) is not None:
         add_bos = bool(add_bos_token)
     if add_bos and bos_id is None:
-        raise ValueError(f"{source}: {ggml}add_bos_token is set, but {ggml}bos_token_id is missing")
+        raise ValueError(
+            f"{source}: {_GGML}add_bos_token is set, but {_GGML}bos_token_id is missing"
+        )
     declared = stop_tokens.gguf_stop_tokens(meta, source)
     stop_ids = stop_tokens.well_known_stop_ids(encoding).union(
         stop_tokens.resolve_stop_ids(encoding, declared)
@@ -174,8 +144,157 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
         bos_id=bos_id,
         eos_id=eos_id,
         add_bos=add_bos,
+        add_eos=bool(meta.get(_GGML + "add_eos_token", kind.add_eos)),
         stop_ids=stop_ids,
     )
+
+
+def _check_keys(meta: Mapping[str, Any], kind: _Kind, source: str) -> None:
+    """Check the settings that this kind of vocabulary does not support, and log unknown keys."""
+    for key, values in _NEUTRAL.items():
+        if key not in kind.settings:
+            get_one_of(meta, _GGML + key, values, source)
+    known_keys = {_GGML + key for key in _READ_KEYS | _UNUSED_KEYS | _NEUTRAL.keys()}
+    known_keys.add("tokenizer.huggingface.json")  # the original tokenizer.json
+    warn_unknown_keys(
+        {
+            key: value
+            for key, value in meta.items()
+            if not key.startswith("tokenizer.chat_template") and not key.endswith("_token_id")
+        },
+        known_keys,
+        "GGUF metadata",
+    )
+
+
+def _read_byte_level(
+    meta: Mapping[str, Any], tokens: list[str], types: list[int], name: str, source: str
+) -> tuple[Encoding, bool]:
+    pre = to_text(meta.get(_GGML + "pre"))
+    if not pre:
+        warn_once(
+            log,
+            f"{source}: {_GGML}pre is missing, so the split pattern is unknown; using llama.cpp's "
+            "default, with which the model may give worse answers. Convert the model again",
+        )
+        pre = "default"
+    get_one_of({_GGML + "pre": pre}, _GGML + "pre", list(PRE_TOKENIZERS), source)
+    patterns, ignore_merges, normalization, add_bos = PRE_TOKENIZERS[pre]
+    ordinary: dict[str, int] = {}
+    special: dict[str, int] = {}
+    added: list[AddedToken] = []
+    for id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
+        if token_type == UNUSED:
+            continue
+        if token_type not in (NORMAL, CONTROL, USER_DEFINED):
+            raise ValueError(
+                f"{source}: {_GGML}token_type[{id}] is {token_type}; supported values: 1, 3, 4, 5"
+            )
+        if token_type == USER_DEFINED and is_plain_text(token):
+            added.append(AddedToken(content=token, id=id, special=False))
+            continue
+        vocab = ordinary if token_type == NORMAL else special
+        if vocab.setdefault(token, id) != id:
+            raise ValueError(f"{source}: {_GGML}tokens has {token!r} at {vocab[token]} and at {id}")
+    encoding = from_byte_level(
+        name or pre,
+        tokens=ordinary,
+        special_tokens=special,
+        added_tokens=added,
+        merges=[to_text(merge).split(" ") for merge in get_array(meta, _GGML + "merges", source)],
+        patterns=patterns,
+        ignore_merges=ignore_merges,
+        normalization=normalization,
+        where=f"{source}: {_GGML}tokens",
+    )
+    return encoding, add_bos
+
+
+def _read_sentencepiece(
+    meta: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+    name: str,
+    source: str,
+    *,
+    model_type: int,
+) -> tuple[Encoding, bool]:
+    """Read a vocabulary with scores; the dummy prefix follows llama.cpp."""
+    scores = [float(score) for score in get_array(meta, _GGML + "scores", source)]
+    if len(scores) != len(tokens):
+        raise ValueError(
+            f"{source}: {_GGML}tokens has {len(tokens)} items, {_GGML}scores {len(scores)}"
+        )
+    unk_id = meta.get(_GGML + "unknown_token_id")
+    add_space = meta.get(_GGML + "add_space_prefix", model_type == BPE)
+    charsmap = meta.get(_GGML + "precompiled_charsmap")
+    model = SentencePieceModel(
+        pieces=tokens,
+        scores=scores,
+        types=types,
+        model_type=model_type,
+        special_ids={"unk": -1 if unk_id is None else int(unk_id)},
+        precompiled_charsmap=b"" if charsmap is None else _int8_bytes(charsmap),
+        add_dummy_prefix=bool(add_space),
+        remove_extra_whitespaces=bool(meta.get(_GGML + "remove_extra_whitespaces", False)),
+    )
+    encoding = build_encoding(
+        model,
+        name=name or source,
+        where=f"{source}: {_GGML}tokens",
+        prefix_after_tokens=True,
+        raw_user_defined=True,
+    )
+    return encoding, model_type == BPE
+
+
+def _read_gemma4(
+    meta: Mapping[str, Any], tokens: list[str], types: list[int], name: str, source: str
+) -> tuple[Encoding, bool]:
+    merges: list[tuple[str, str]] = []
+    for i, merge in enumerate(map(to_text, get_array(meta, _GGML + "merges", source))):
+        left, separator, right = merge.partition(" ")
+        if not separator:
+            raise ValueError(f"{source}: {_GGML}merges[{i}] is {merge!r}, not two tokens")
+        merges.append((left, right))
+    model = SentencePieceModel(
+        pieces=tokens,
+        scores=[0.0] * len(tokens),
+        types=types,
+        model_type=BPE,
+        special_ids={"unk": int(meta.get(_GGML + "unknown_token_id", -1))},
+        add_dummy_prefix=bool(meta.get(_GGML + "add_space_prefix", False)),
+        remove_extra_whitespaces=False,
+    )
+    encoding = build_encoding(
+        model,
+        name=name or source,
+        where=f"{source}: {_GGML}tokens",
+        prefix_after_tokens=True,
+        raw_user_defined=True,
+        merges=merges,
+    )
+    return encoding, True
+
+
+def _int8_bytes(values: Any) -> bytes:
+    """Return an array of signed or unsigned bytes as bytes."""
+    return bytes(int(value) & 0xFF for value in values)
+
+
+_KINDS = {
+    "gpt2": _Kind(_read_byte_level),
+    "llama": _Kind(
+        functools.partial(_read_sentencepiece, model_type=BPE),
+        frozenset({"add_space_prefix", "remove_extra_whitespaces"}),
+    ),
+    "gemma4": _Kind(_read_gemma4, frozenset({"add_space_prefix"})),
+    "t5": _Kind(
+        functools.partial(_read_sentencepiece, model_type=UNIGRAM),
+        frozenset(_NEUTRAL) - {"add_sep_token"},
+        add_eos=True,
+    ),
+}
 
 
 def read_gguf_metadata(path: Path) -> dict[str, Any]:

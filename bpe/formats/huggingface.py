@@ -5,15 +5,21 @@ An unsupported step of the pipeline (normalizer, pre-tokenizer, post-processor) 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bpe import chat_template_files, stop_tokens
-from bpe.formats.byte_level import from_byte_level
+from bpe.added_tokens import AddedToken
+from bpe.character_bpe import CharacterBpe
+from bpe.encoding import Encoding
+from bpe.fast_piece_encoder import PieceModel
+from bpe.formats import pipeline
+from bpe.formats.byte_level import from_byte_level, is_plain_text
 from bpe.formats.checks import (
-    SENTENCEPIECE,
     get_one_of,
     get_required,
     read_json,
@@ -21,8 +27,16 @@ from bpe.formats.checks import (
     token_text,
     warn_unknown_keys,
 )
+from bpe.formats.sentencepiece import (
+    build_encoding,
+    looks_special,
+    parse_byte_piece,
+    parse_model,
+)
 from bpe.formats.tokenizer import Tokenizer, build_chat_templates
-from bpe.pretokenize import GPT2, SMOLLM
+from bpe.normalizers import SPACE_SYMBOL
+from bpe.sentencepiece import SentencePiece
+from bpe.unigram import Unigram
 
 
 def from_folder(path: str | Path) -> Tokenizer:
@@ -33,16 +47,18 @@ def from_folder(path: str | Path) -> Tokenizer:
         ValueError: if a file is damaged or has an unsupported setting.
     """
     path = Path(path)
-    if not (path / "tokenizer.json").exists():
-        if _is_sentencepiece_model(path / "tokenizer.model"):
-            raise ValueError(f"{path / 'tokenizer.model'}: {SENTENCEPIECE}")
-        raise FileNotFoundError(f"{path}: no tokenizer.json in this folder")
     config_path = path / "tokenizer_config.json"
     config = read_json(config_path) if config_path.exists() else {}
     bos = token_text(config.get("bos_token"), f"{config_path}: bos_token")
     eos = token_text(config.get("eos_token"), f"{config_path}: eos_token")
     templates = chat_template_files.read_chat_templates(path, config)
     declared = list(stop_tokens.folder_stop_tokens(path))
+    if not (path / "tokenizer.json").exists():
+        if (path / "tokenizer.model").exists():
+            return _from_tokenizer_model(
+                path / "tokenizer.model", path.name, config, bos, eos, templates, declared
+            )
+        raise FileNotFoundError(f"{path}: no tokenizer.json or tokenizer.model in this folder")
     return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, templates, declared)
 
 
@@ -54,6 +70,84 @@ def from_tokenizer_json(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     return _from_tokenizer_json(path, path.stem, None, None, {})
+
+
+def from_tokenizer_model(path: str | Path) -> Tokenizer:
+    """Read a `tokenizer.model` of SentencePiece without related files, and so without template.
+
+    Raises:
+        ValueError: if the file is damaged or has an unsupported setting.
+    """
+    path = Path(path)
+    return _from_tokenizer_model(path, path.stem, {}, None, None, {}, [])
+
+
+def _from_tokenizer_model(
+    path: Path,
+    name: str,
+    config: Mapping[str, Any],
+    bos: str | None,
+    eos: str | None,
+    templates: Mapping[str, str],
+    declared: Sequence[tuple[str, Any]],
+) -> Tokenizer:
+    where = str(path)
+    model = parse_model(path.read_bytes(), where)
+    added = _config_added_tokens(config, f"{path.with_name('tokenizer_config.json')}")
+    # transformers calls it legacy to put a space also before the text after a special token.
+    legacy = get_one_of(config, "legacy", [None, True, False], where) is not False
+    encoding = build_encoding(
+        model,
+        name=name,
+        where=where,
+        prefix_after_tokens=legacy and bool(config),
+        raw_user_defined=False,
+        added_tokens=added,
+    )
+    ids = {
+        key: id if 0 <= id < len(model.pieces) else None for key, id in model.special_ids.items()
+    }
+    special = encoding.special_tokens
+    bos_id = special.get(bos or "", ids["bos"])
+    eos_id = special.get(eos or "", ids["eos"])
+    texts = {id: text for text, id in special.items()}
+    declared_ids = stop_tokens.resolve_stop_ids(encoding, declared)
+    stop_ids = stop_tokens.well_known_stop_ids(encoding).union(declared_ids)
+    if eos_id is not None:
+        stop_ids |= {eos_id}
+    template, named = build_chat_templates(
+        templates, texts.get(bos_id or -1), texts.get(eos_id or -1), encoding, stop_ids
+    )
+    is_bpe = isinstance(encoding.model, CharacterBpe)
+    add_bos = get_one_of(config, "add_bos_token", [None, True, False], where)
+    add_eos = get_one_of(config, "add_eos_token", [None, True, False], where)
+    return Tokenizer(
+        encoding=encoding,
+        chat_template=template,
+        named_templates=named,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        add_bos=bos_id is not None and (is_bpe if add_bos is None else add_bos),
+        add_eos=eos_id is not None and (not is_bpe if add_eos is None else add_eos),
+        stop_ids=stop_ids,
+    )
+
+
+def _config_added_tokens(config: Mapping[str, Any], where: str) -> list[AddedToken]:
+    """Return the tokens of `added_tokens_decoder` in tokenizer_config.json."""
+    tokens: list[AddedToken] = []
+    for id, token in (config.get("added_tokens_decoder") or {}).items():
+        item = f"{where}: added_tokens_decoder[{id!r}]"
+        if not id.isdecimal():
+            raise ValueError(f"{item}: the key is not an id")
+        flags = {
+            key: bool(get_one_of(token, key, [None, False, True], item))
+            for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
+        }
+        content = get_required(token, "content", str, item)
+        flags["special"] |= looks_special(content)
+        tokens.append(AddedToken(content=content, id=int(id), **flags))
+    return tokens
 
 
 def _from_tokenizer_json(
@@ -70,35 +164,21 @@ def _from_tokenizer_json(
     warn_unknown_keys(spec, known_keys | {"post_processor", "decoder", "model"}, "tokenizer.json")
     model = get_required(spec, "model", dict, str(path))
     where = f"{path}: model"
-    if _is_sentencepiece(spec):
-        raise ValueError(f"{path}: {SENTENCEPIECE}")
-    get_one_of(model, "type", ["BPE"], where)
-    get_one_of(model, "dropout", [None, 0, 0.0], where)
-    get_one_of(model, "continuing_subword_prefix", [None, ""], where)
-    get_one_of(model, "end_of_word_suffix", [None, ""], where)
-    get_one_of(model, "byte_fallback", [None, False], where)
-    get_one_of(model, "fuse_unk", [None, False], where)
-    ignore_merges = get_one_of(model, "ignore_merges", [None, False, True], where)
-    known_keys = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
-    known_keys |= {"byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"}
-    warn_unknown_keys(model, known_keys, "tokenizer.json: model")
-    get_one_of(
-        get_required(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder"
+    vocab = _read_vocab(model, where)
+    prefix_token, suffix_token = pipeline.added_around(
+        spec.get("post_processor"), f"{path}: post_processor"
     )
-
-    vocab = get_required(model, "vocab", dict, where)
-    for token, id in vocab.items():
-        if not isinstance(id, int):
-            raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an integer")
-    merges = [  # strings in old files
-        merge.split(" ") if isinstance(merge, str) else merge
-        for merge in get_required(model, "merges", list, where)
-    ]
-    prefix_token = _prefix_token(spec.get("post_processor"), f"{path}: post_processor")
     if prefix_token is not None and bos is not None and prefix_token != bos:
         raise ValueError(f"{path}: post_processor adds {prefix_token!r}, but bos_token is {bos!r}")
     bos = bos or prefix_token
-    special = read_added_tokens(spec, vocab, str(path))
+    eos = suffix_token or eos
+    added = read_added(spec, vocab, str(path))
+    special = {token.content: token.id for token in added if token.special}
+    text_tokens = {token.content for token in added if not token.special}
+    merges = [  # strings in old files
+        merge.split(" ") if isinstance(merge, str) else merge
+        for merge in (get_required(model, "merges", list, where) if "merges" in model else ())
+    ]
     eos_tokens = [text for _, text in declared if isinstance(text, str)]
     for token in (bos, eos, *eos_tokens):
         # A declared token is special, as in transformers, unless it is a byte or part of a merge.
@@ -106,18 +186,13 @@ def _from_tokenizer_json(
             continue
         if not _is_ordinary(token, merges):
             special[token] = vocab[token]
-    encoding = from_byte_level(
-        name,
-        tokens={token: id for token, id in vocab.items() if token not in special},
-        special_tokens=special,
-        merges=merges,
-        patterns=_split_patterns(spec.get("pre_tokenizer"), f"{path}: pre_tokenizer"),
-        ignore_merges=bool(ignore_merges),
-        normalization=_normalization(spec.get("normalizer"), f"{path}: normalizer"),
-        where=where,
-    )
-    if encoding.dropped_bytes and model.get("unk_token") is not None:
-        raise ValueError(f"{where}: unk_token for missing bytes is not supported")
+    ordinary = {
+        token: id for token, id in vocab.items() if token not in special.keys() | text_tokens
+    }
+    if _is_sentencepiece(spec):
+        encoding = _sentencepiece(path, name, spec, vocab, ordinary, special, added, merges)
+    else:
+        encoding = _byte_level(path, name, spec, ordinary, special, added, merges)
 
     if bos is not None and bos not in special:
         raise ValueError(f"{path}: the bos_token {bos!r} is not a special token of the vocabulary")
@@ -134,8 +209,234 @@ def _from_tokenizer_json(
         # Without a declaration in the tokenizer's files, the first one in the model's files.
         eos_id=special.get(eos or "", next(iter(declared_ids), None)),
         add_bos=prefix_token is not None,
+        add_eos=suffix_token is not None,
         stop_ids=stop_ids,
     )
+
+
+def _read_vocab(model: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Return token to id; a Unigram vocabulary is a list of tokens and scores."""
+    if get_one_of(model, "type", ["BPE", "Unigram"], where) == "BPE":
+        vocab = get_required(model, "vocab", dict, where)
+        for token, id in vocab.items():
+            if not isinstance(id, int):
+                raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an integer")
+        return vocab
+    vocab = {}
+    for id, item in enumerate(get_required(model, "vocab", list, where)):
+        match item:
+            case [str(token), int() | float()]:
+                if vocab.setdefault(token, id) != id:
+                    raise ValueError(f"{where}: {token!r} is vocab[{vocab[token]}] and vocab[{id}]")
+            case _:
+                raise ValueError(
+                    f"{where}: vocab[{id}] is {short_repr(item)}, not a token and a score"
+                )
+    return vocab
+
+
+def _byte_level(
+    path: Path,
+    name: str,
+    spec: Mapping[str, Any],
+    ordinary: Mapping[str, int],
+    special: Mapping[str, int],
+    added: Sequence[AddedToken],
+    merges: Sequence[Any],
+) -> Encoding:
+    model, where = spec["model"], f"{path}: model"
+    get_one_of(model, "type", ["BPE"], where)
+    get_one_of(model, "dropout", [None, 0, 0.0], where)
+    get_one_of(model, "continuing_subword_prefix", [None, ""], where)
+    get_one_of(model, "end_of_word_suffix", [None, ""], where)
+    get_one_of(model, "fuse_unk", [None, False], where)
+    get_required(model, "merges", list, where)
+    ignore_merges = get_one_of(model, "ignore_merges", [None, False, True], where)
+    warn_unknown_keys(model, _BPE_KEYS, "tokenizer.json: model")
+    get_one_of(
+        get_required(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder"
+    )
+    for i, token in enumerate(added):
+        # NFC, the only normalizer here, does not change ASCII.
+        if token.normalized and spec.get("normalizer") and not token.content.isascii():
+            raise ValueError(
+                f"{path}: added_tokens[{i}]: normalized is True for {token.content!r}; "
+                "supported values: None, False"
+            )
+    encoding = from_byte_level(
+        name,
+        tokens=ordinary,
+        special_tokens=special,
+        added_tokens=[dataclasses.replace(token, normalized=False) for token in added],
+        merges=merges,
+        patterns=pipeline.split_patterns(spec.get("pre_tokenizer"), f"{path}: pre_tokenizer"),
+        ignore_merges=bool(ignore_merges),
+        normalization=pipeline.byte_level_normalization(
+            spec.get("normalizer"), f"{path}: normalizer"
+        ),
+        where=where,
+    )
+    if encoding.dropped_bytes and model.get("unk_token") is not None:
+        raise ValueError(f"{where}: unk_token for missing bytes is not supported")
+    return encoding
+
+
+_BPE_KEYS = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
+_BPE_KEYS |= {"byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"}
+
+
+def _sentencepiece(
+    path: Path,
+    name: str,
+    spec: Mapping[str, Any],
+    vocab: Mapping[str, int],
+    ordinary: Mapping[str, int],
+    special: Mapping[str, int],
+    added: Sequence[AddedToken],
+    merges: Sequence[Any],
+) -> SentencePiece:
+    """Build an encoding of characters: BPE with byte fallback or Metaspace, or Unigram."""
+    model, where = spec["model"], f"{path}: model"
+    steps, escapes = pipeline.read_normalizers(spec.get("normalizer"), f"{path}: normalizer")
+    pre = pipeline.pre_tokenization(spec.get("pre_tokenizer"), escapes, f"{path}: pre_tokenizer")
+    if not pre.escapes_spaces:
+        raise ValueError(
+            f"{path}: neither the normalizer nor the pre_tokenizer writes spaces as U+2581, which "
+            "is not supported"
+        )
+    byte_ids = None
+    if get_one_of(model, "byte_fallback", [None, False, True], where):
+        by_byte = {parse_byte_piece(token): id for token, id in vocab.items()}
+        if missing := [byte for byte in range(256) if byte not in by_byte]:
+            raise ValueError(f"{where}: byte_fallback is true, but <0x{missing[0]:02X}> is missing")
+        byte_ids = [by_byte[byte] for byte in range(256)]
+
+    def is_byte(token: str) -> bool:
+        return byte_ids is not None and parse_byte_piece(token) is not None
+
+    def with_spaces(tokens: Mapping[str, int]) -> dict[str, int]:
+        return {
+            token.replace(SPACE_SYMBOL, " "): id
+            for token, id in tokens.items()
+            if not is_byte(token)
+        }
+
+    pieces = with_spaces({token: id for token, id in vocab.items() if token not in special})
+    piece_model, unk_id = _piece_model(model, name, vocab, pieces, merges, byte_ids, where)
+    unigram = isinstance(piece_model, Unigram)
+    unk_tokens = [token for token, id in special.items() if id == unk_id]
+    if unk_id is not None and not unk_tokens:
+        token = next(token for token, id in vocab.items() if id == unk_id)
+        special = {**special, token: unk_id}
+        ordinary = {key: id for key, id in ordinary.items() if key != token}
+    try:
+        return SentencePiece(
+            name,
+            model=piece_model,
+            pieces=with_spaces(ordinary),
+            special_tokens=special,
+            added_tokens=added,
+            byte_ids=byte_ids,
+            unk_id=unk_id,
+            fuse_unk=unigram or bool(get_one_of(model, "fuse_unk", [None, False, True], where)),
+            normalizer=pipeline.join_steps([*steps, *pre.steps]),
+            normalize_added=True,
+            pre_tokenizer=pre.pre_tokenizer,
+            metaspace=pre.metaspace,
+            split_before_space=pre.split_before_space,
+            dummy_prefix=pipeline.decoder_strips_prefix(spec.get("decoder"), f"{path}: decoder"),
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _piece_model(
+    model: Mapping[str, Any],
+    name: str,
+    vocab: Mapping[str, int],
+    pieces: Mapping[str, int],
+    merges: Sequence[Any],
+    byte_ids: Sequence[int] | None,
+    where: str,
+) -> tuple[PieceModel, int | None]:
+    """Return the model, and the id of unknown text."""
+    if model["type"] == "Unigram":
+        warn_unknown_keys(
+            model, {"type", "unk_id", "vocab", "byte_fallback"}, "tokenizer.json: model"
+        )
+        unk_id = get_required(model, "unk_id", int, where)
+        if not 0 <= unk_id < len(vocab):
+            raise ValueError(f"{where}: unk_id is {unk_id}, but there are {len(vocab)} tokens")
+        scores = {token: float(score) for token, score in model["vocab"]}
+        lowest = min(scores.values())
+        known = {
+            piece: scores.get(piece, scores.get(piece.replace(" ", SPACE_SYMBOL), lowest))
+            for piece in pieces
+            if pieces[piece] != unk_id
+        }
+        if bad := [piece for piece, score in known.items() if not math.isfinite(score)]:
+            raise ValueError(f"{where}: the score of {bad[0]!r} is not a finite number")
+        known_pieces = {piece: id for piece, id in pieces.items() if id != unk_id}
+        return (
+            Unigram(known_pieces, known, unk_id=unk_id, byte_ids=byte_ids, lowest_score=lowest),
+            unk_id,
+        )
+    get_one_of(model, "dropout", [None, 0, 0.0], where)
+    get_one_of(model, "continuing_subword_prefix", [None, ""], where)
+    get_one_of(model, "end_of_word_suffix", [None, ""], where)
+    get_one_of(model, "ignore_merges", [None, False], where)
+    get_required(model, "merges", list, where)
+    warn_unknown_keys(model, _BPE_KEYS, "tokenizer.json: model")
+    unk_token = model.get("unk_token")
+    if unk_token is not None and unk_token not in vocab:
+        raise ValueError(f"{where}: unk_token {unk_token!r} is not in vocab")
+    unk_id = None if unk_token is None else vocab[unk_token]
+    pairs: list[tuple[str, str]] = []
+    for i, merge in enumerate(merges):
+        match merge:
+            case [str(left), str(right)]:
+                pairs.append((left.replace(SPACE_SYMBOL, " "), right.replace(SPACE_SYMBOL, " ")))
+            case _:
+                raise ValueError(f"{where}: merges[{i}], {short_repr(merge)}, is not two tokens")
+    try:
+        bpe = CharacterBpe(name, pieces, merges=pairs, byte_ids=byte_ids, unk_id=unk_id)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return bpe, unk_id
+
+
+def read_added(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str) -> list[AddedToken]:
+    """Return the added tokens of a tokenizer.json.
+
+    A token that the file does not declare as special counts as special if it looks like markup.
+
+    Args:
+        spec: the content of the file.
+        vocab: `vocab` of the model, token to id.
+        where: the file, for error messages.
+
+    Raises:
+        ValueError: if a setting is invalid, or ids conflict.
+    """
+    tokens: dict[str, AddedToken] = {}
+    is_text = looks_special if _is_sentencepiece(spec) else None
+    for i, token in enumerate(get_required(spec, "added_tokens", list, where)):
+        item = f"{where}: added_tokens[{i}]"
+        text, id = get_required(token, "content", str, item), get_required(token, "id", int, item)
+        if not text:
+            raise ValueError(f"{item}: content is empty")
+        flags = {
+            key: bool(get_one_of(token, key, [None, False, True], item))
+            for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
+        }
+        warn_unknown_keys(token, flags.keys() | {"content", "id"}, "tokenizer.json: added_tokens")
+        is_markup = not is_plain_text(text) if is_text is None else is_text(text)
+        flags["special"] |= is_markup
+        new = AddedToken(content=text, id=id, **flags)
+        if tokens.setdefault(text, new).id != id:
+            raise ValueError(f"{item}: {text!r} has the ids {tokens[text].id} and {id}")
+    _check_added_ids({token.content: token.id for token in tokens.values()}, vocab, where)
+    return list(tokens.values())
 
 
 def _is_ordinary(token: str, merges: Sequence[Any]) -> bool:
@@ -158,14 +459,6 @@ def _is_sentencepiece(spec: Mapping[str, Any]) -> bool:
 
 def _json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _is_sentencepiece_model(path: Path) -> bool:
-    """Return whether a file begins like a protocol buffer of SentencePiece."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(1) == b"\n"
 
 
 def read_added_tokens(
@@ -195,6 +488,11 @@ def read_added_tokens(
         warn_unknown_keys(token, known_keys, "tokenizer.json: added_tokens")
         if special.setdefault(text, id) != id:
             raise ValueError(f"{item}: {text!r} has the ids {special[text]} and {id}")
+    _check_added_ids(special, vocab, where)
+    return special
+
+
+def _check_added_ids(special: Mapping[str, int], vocab: Mapping[str, Any], where: str) -> None:
     texts: dict[int, str] = {}
     for text, id in special.items():
         if (vocab_id := vocab.get(text, id)) != id:
@@ -204,69 +502,3 @@ def read_added_tokens(
         # Two tokens with one id, as in o200k_harmony, are valid only if the vocabulary has both.
         if texts.setdefault(id, text) != text and text not in vocab:
             raise ValueError(f"{where}: the tokens {text!r} and {texts[id]!r} have the id {id}")
-    return special
-
-
-def _normalization(spec: Any, where: str) -> Literal["NFC"] | None:
-    steps = [] if spec is None else [spec]
-    if isinstance(spec, dict) and spec.get("type") == "Sequence":
-        steps = get_required(spec, "normalizers", list, where)
-    if not steps:
-        return None
-    if steps == [{"type": "NFC"}]:
-        return "NFC"
-    raise ValueError(f"{where}: {short_repr(spec)} is not supported; use null or NFC")
-
-
-def _split_patterns(spec: Any, where: str) -> str | list[str]:
-    """Return the split patterns that are equivalent to Hugging Face's pre-tokenizers."""
-    steps = [spec]
-    if isinstance(spec, dict) and spec.get("type") == "Sequence":
-        steps = get_required(spec, "pretokenizers", list, where)
-    patterns: list[str] = []
-    for i, step in enumerate(steps):
-        match step:
-            case {"type": "Digits", "individual_digits": True}:
-                patterns.append(r"\p{N}")
-            case {"type": "Digits", "individual_digits": False}:
-                patterns.append(r"\p{N}+")
-            case {
-                "type": "Split",
-                "pattern": {"Regex": str(pattern)},
-                "behavior": "Isolated",
-                "invert": False,
-            }:
-                patterns.append(pattern)
-            case {"type": "ByteLevel", "add_prefix_space": False}:
-                if i != len(steps) - 1:
-                    raise ValueError(f"{where}: ByteLevel is not the last step")
-                if step.get("use_regex", True):
-                    patterns.append(GPT2)
-                if patterns == [r"\p{N}", GPT2]:
-                    return SMOLLM  # equivalent, in one pass
-                return patterns or [r"[\s\S]+"]
-            case _:
-                raise ValueError(f"{where}: {short_repr(step)} is not supported")
-    raise ValueError(f"{where}: the last step must be ByteLevel, not {short_repr(steps[-1:])}")
-
-
-def _prefix_token(spec: Any, where: str) -> str | None:
-    """Return the token that the post-processor adds before a text, or None."""
-    token = None
-    steps = [spec] if spec is not None else []
-    if isinstance(spec, dict) and spec.get("type") == "Sequence":
-        steps = get_required(spec, "processors", list, where)
-    for step in steps:
-        match step:
-            case {"type": "ByteLevel"}:
-                pass  # changes offsets only
-            case {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}:
-                pass  # adds nothing
-            case {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": str(token)}}, {"Sequence": {"id": "A"}}],
-            }:
-                pass
-            case _:
-                raise ValueError(f"{where}: {short_repr(step)} is not supported")
-    return token

@@ -21,6 +21,7 @@ class Tokenizer:
         bos_id: the token at the beginning of a text, or None.
         eos_id: the token at the end of a text or message, or None.
         add_bos: whether to add `bos_id` before plain text. A chat template adds it itself.
+        add_eos: whether to add `eos_id` after a text: encoder models.
         stop_ids: the tokens that end a generation, see `bpe.stop_tokens`.
     """
 
@@ -30,6 +31,7 @@ class Tokenizer:
     bos_id: int | None = None
     eos_id: int | None = None
     add_bos: bool = False
+    add_eos: bool = False
     stop_ids: frozenset[int] = frozenset()
 
 
@@ -47,6 +49,7 @@ def build_chat_templates(
         bos: the token at the beginning of a text, or None.
         eos: the token at the end of a text or message, or None.
         encoding: the vocabulary.
+        add_eos: whether to add `eos_id` after a text: encoder models.
         stop_ids: the tokens that end a generation.
 
     Returns:

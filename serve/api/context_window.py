@@ -5,7 +5,6 @@ of OpenAI's API, because client programs match that sentence to shorten a conver
 """
 
 import functools
-import unicodedata
 from typing import NamedTuple
 
 from bpe import Encoding
@@ -77,9 +76,7 @@ def refuse_too_long(wording: Wording, context: int, encoding: Encoding, text: st
     """
     if len(text) <= context:  # short enough to tokenize in full
         return
-    if encoding.normalization == "NFC":
-        text = unicodedata.normalize("NFC", text)
-    size = len(text.encode().translate(None, encoding.dropped_bytes))
+    size = len(encoding.normalize(text).encode().translate(None, encoding.dropped_bytes))
     lower_bound = -(-size // longest_token(encoding))
     if lower_bound > context:
         estimate = max(lower_bound, _estimate(encoding, text))

@@ -67,7 +67,7 @@ class Detokenizer:
         num_unechoed: int = 0,
     ):
         self._echo_tokens, self._num_unechoed = echo_tokens, num_unechoed
-        self._decoder = StreamDecoder(encoding)
+        self._encoding, self._decoder = encoding, StreamDecoder(encoding, after_prompt=True)
         self._matcher = StopMatcher(stop_strings)
         self._pending: list[Token] = []  # tokens that do not complete a character yet
         # Decoded text that is not emitted yet: start and end in characters, and its tokens.
@@ -101,6 +101,8 @@ class Detokenizer:
         Generated text continues from the echo: its first tokens may complete a character that the
         prompt began.
         """
+        if tokens and not self._decoded and not self._pending:  # the start of the prompt
+            self._decoder = StreamDecoder(self._encoding)
         text = ""
         for token in tokens:
             self._pending.append(token)

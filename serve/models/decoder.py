@@ -196,7 +196,7 @@ def weights_file(path: Path) -> Path:
 
 def known_ids(encoding: bpe.Encoding) -> frozenset[int]:
     """Return all ids that stand for a token."""
-    return frozenset(encoding.ranks.values()) | frozenset(encoding.special_tokens.values())
+    return frozenset(encoding.token_ids)
 
 
 def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
@@ -216,6 +216,8 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
         tokenizer = bpe.from_gguf(header.metadata, source=str(path))
     if tokenizer.chat_template is not None:
         tokenizer.chat_template.compile()
+    if tokenizer.add_eos:
+        raise ValueError("the tokenizer ends every text with EOS, so this is no text generator")
     if tokenizer.encoding.n_vocab > header.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.encoding.max_token_value}, but the model's "

@@ -59,7 +59,7 @@ def check(encoding: bpe.Encoding, inputs: list[str], twice: bool = True) -> None
     """Compare with the reference; the second time, all pieces are cached."""
     fast = FastEncoder(encoding)
     for _ in range(1 + twice):
-        ids, counts = fast.encode([encoding._normalize(text) for text in inputs])
+        ids, counts = fast.encode([encoding.normalize(text) for text in inputs])
         assert ids.dtype == np.uint32 and len(counts) == len(inputs)
         parts = np.split(ids, np.cumsum(counts)[:-1])
         for text, part in zip(inputs, parts, strict=True):

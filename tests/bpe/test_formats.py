@@ -229,16 +229,9 @@ def all_changes(*changes):
             ["post_processor", "BertProcessing"],
         ),
         (set_value("decoder", {"type": "WordPiece"}), ["decoder", "type", "'WordPiece'"]),
-        (set_value("added_tokens/0/lstrip", True), ["added_tokens[0]", "lstrip", True]),
+        (set_value("added_tokens/0/lstrip", 1.5), ["added_tokens[0]", "lstrip", 1.5]),
         (set_value("added_tokens/0/id", "x"), ["added_tokens[0]", "id", "str"]),
         (set_value("added_tokens/1/content", "<|endoftext|>"), ["'<|endoftext|>'", 0, 1]),
-        (
-            all_changes(
-                set_value("added_tokens/1/content", "  "),
-                set_value("model/vocab/<|im_start|>", ...),
-            ),
-            ["'  '"],
-        ),
         (
             set_value("added_tokens/0/id", 3),
             ["'<|endoftext|>'", 3, "added_tokens", 0, "model.vocab"],
@@ -250,7 +243,6 @@ def all_changes(*changes):
             ["'<|im_start|>'", "'<|endoftext|>'", 0],
         ),
         (set_value("model/vocab/a", ...), ["b'a'"]),
-        (set_value("model/vocab/a b", 5000), [5000, "'a b'", "' '"]),
         (set_value("model/vocab/zz", 3), [r"b'\x00'", "b'zz'", 3]),
         (set_value("model/merges/0", ["o", "nothing"]), ["merge 0", "['o', 'nothing']"]),
         (set_value("model/merges/0", ["o", "w", "l"]), ["merge 0", "['o', 'w', 'l']"]),
@@ -279,35 +271,6 @@ def test_vocabulary_without_optional_bytes_drops_them(write_json):
     spec["model"]["unk_token"] = "<|endoftext|>"
     with pytest.raises(ValueError, match="unk_token"):
         bpe.load(write_json(spec))
-
-
-SENTENCEPIECE = [
-    set_value("model/byte_fallback", True),
-    set_value("model/type", "Unigram"),
-    set_value(
-        "pre_tokenizer", {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
-    ),
-    set_value("normalizer", {"type": "Prepend", "prepend": "\u2581"}),
-    set_value("normalizer", {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}),
-]
-
-
-@pytest.mark.parametrize("change", SENTENCEPIECE)
-def test_tokenizer_json_from_sentencepiece_names_it(write_json, change):
-    spec = tiny.tokenizer_json()
-    change(spec)
-    with pytest.raises(ValueError, match=naming("tokenizer.json", "SentencePiece")):
-        bpe.load(write_json(spec))
-
-
-def test_sentencepiece_model_file_names_it(tmp_path):
-    for model in ("llama", "t5"):
-        meta = tiny.gguf_metadata() | {"tokenizer.ggml.model": model}
-        with pytest.raises(ValueError, match=naming("m.gguf", repr(model), "SentencePiece")):
-            bpe.from_gguf(meta, source="m.gguf")
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(ValueError, match=naming("tokenizer.model", "SentencePiece")):
-        bpe.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -536,7 +499,6 @@ def test_gguf_metadata_with_irrelevant_keys_loads():
         ("precompiled_charsmap", [1, 2], ["precompiled_charsmap"]),
         ("model", ..., ["model", "''"]),
         ("pre", "surprise", ["pre", "'surprise'"]),
-        ("pre", ..., ["pre", "''"]),
         ("add_eos_token", True, ["add_eos_token", True]),
         ("add_space_prefix", True, ["add_space_prefix", True]),
         ("tokens", ..., ["tokens"]),

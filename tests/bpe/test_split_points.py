@@ -138,6 +138,6 @@ def test_adjacent_characters_of_tokens_match_reference(name):
 def test_model_vocabularies_match_reference(model, load_model):
     encoding, rng = load_model(model).encoding, random.Random(1)
     texts = ["".join(chr(rng.randrange(0x3000, 0x9FFF)) for _ in range(20)) for _ in range(300)]
-    ids, counts = FastEncoder(encoding).encode([encoding._normalize(text) for text in texts])
+    ids, counts = FastEncoder(encoding).encode([encoding.normalize(text) for text in texts])
     for text, ours in zip(texts, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
         assert ours.tolist() == tiny.encode_reference(encoding, text), text

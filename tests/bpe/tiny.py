@@ -22,7 +22,7 @@ def encoding(**changes) -> bpe.Encoding:
 
 def encode_reference(encoding: bpe.Encoding, text: str) -> list[int]:
     """Return the ids of a text by splitting it and merging every piece, without caches."""
-    pieces = split(encoding._patterns, encoding._normalize(text))
+    pieces = split(encoding._patterns, encoding.normalize(text))
     return [id for piece in pieces for id in encoding.encode_piece(piece.encode())]
 
 

@@ -1,0 +1,466 @@
+"""Read the steps of a `tokenizer.json`: normalizers, pre-tokenizers, decoders, post-processors.
+
+The steps of byte-level vocabularies become split patterns (`bpe.pretokenize`), and those of
+vocabularies of characters the settings of `bpe.sentencepiece`. A step that neither has raises a
+ValueError with the file, the key and the step.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import regex
+
+from bpe import normalizers
+from bpe.added_tokens import WHITESPACE
+from bpe.charsmap import Charsmap
+from bpe.formats.checks import get_required, short_repr
+from bpe.normalizers import SPACE_SYMBOL, Step
+from bpe.pretokenize import GPT2, SMOLLM, compile_pattern, find_all
+
+
+def steps_of(spec: Any, key: str, where: str) -> list[Any]:
+    """Return the steps of a part of the pipeline; `key` is their name in a Sequence."""
+    if spec is None:
+        return []
+    if isinstance(spec, dict) and spec.get("type") == "Sequence":
+        inner = get_required(spec, key, list, where)
+        return [step for item in inner for step in steps_of(item, key, where)]
+    return [spec]
+
+
+def _unsupported(step: Any, where: str) -> ValueError:
+    return ValueError(f"{where}: {short_repr(step)} is not supported")
+
+
+# Byte-level vocabularies
+
+
+def byte_level_normalization(spec: Any, where: str) -> Literal["NFC"] | None:
+    """Return the normalization of a byte-level vocabulary.
+
+    Raises:
+        ValueError: if it is neither none nor NFC.
+    """
+    steps = steps_of(spec, "normalizers", where)
+    if not steps:
+        return None
+    if steps == [{"type": "NFC"}]:
+        return "NFC"
+    raise ValueError(f"{where}: {short_repr(spec)} is not supported; use null or NFC")
+
+
+def split_patterns(spec: Any, where: str) -> str | list[str]:
+    """Return the split patterns that are equivalent to the pre-tokenizers of a byte-level file.
+
+    Raises:
+        ValueError: if a step is not supported, or the last one is not ByteLevel.
+    """
+    steps = steps_of(spec, "pretokenizers", where)
+    patterns: list[str] = []
+    for i, step in enumerate(steps):
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                if i != len(steps) - 1:
+                    raise ValueError(f"{where}: ByteLevel is not the last step")
+                if step.get("use_regex", True):
+                    patterns.append(GPT2)
+                if patterns == [r"\p{N}", GPT2]:
+                    return SMOLLM  # equivalent, in one pass
+                return patterns or [r"[\s\S]+"]
+            case {"type": "Split", "behavior": "Removed"}:
+                # The text between matches is what stays; only a pattern that matches all of it can
+                # be isolated instead.
+                if step.get("invert") is not True:
+                    raise _unsupported(step, where)
+                patterns.append(_pattern_of(step, where))
+            case {"type": "Split" | "Digits" | "Punctuation"}:
+                rule = _split_rule(step, where)
+                if rule.behavior != "Isolated":
+                    raise _unsupported(step, where)
+                patterns.append(rule.pattern)
+            case _:
+                raise _unsupported(step, where)
+    raise ValueError(f"{where}: the last step must be ByteLevel, not {short_repr(steps[-1:])}")
+
+
+# Pre-tokenizers
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Split at the matches of a pattern (`Split` of tokenizers).
+
+    Attributes:
+        pattern: the regular expression.
+        behavior: what becomes of a match: "Isolated", "Removed", "MergedWithPrevious",
+            "MergedWithNext" or "Contiguous".
+        invert: whether the text between matches counts as the matches.
+    """
+
+    pattern: str
+    behavior: str = "Isolated"
+    invert: bool = False
+
+    def __call__(self, text: str) -> list[str]:
+        """Return the pieces of a text."""
+        spans = find_all(compile_pattern(self.pattern), text)
+        parts: list[tuple[str, bool]] = []  # text, whether it is a match
+        end = 0
+        for start, stop in [*spans, (len(text), len(text))]:
+            parts += [(text[end:start], self.invert), (text[start:stop], not self.invert)]
+            end = stop
+        pieces: list[str] = []
+        was_match = False
+        for part, is_match in parts:
+            if not part:
+                continue
+            if is_match and self.behavior == "Removed":
+                pass
+            elif pieces and (
+                (self.behavior == "MergedWithPrevious" and is_match and not was_match)
+                or (self.behavior == "Contiguous" and is_match == was_match)
+                or (self.behavior == "MergedWithNext" and was_match and not is_match)
+            ):
+                pieces[-1] += part
+            else:
+                pieces.append(part)
+            was_match = is_match
+        return pieces
+
+
+_PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
+_BEHAVIORS = {"Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous"}
+
+
+def _pattern_of(step: Mapping[str, Any], where: str) -> str:
+    match step.get("pattern"):
+        case {"Regex": str(pattern)}:
+            return _checked_pattern(pattern, where)
+        case {"String": str(text)}:
+            return regex.escape(text)
+    raise _unsupported(step, where)
+
+
+def _checked_pattern(pattern: str, where: str) -> str:
+    try:
+        compile_pattern(pattern)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return pattern
+
+
+def _split_rule(step: Mapping[str, Any], where: str) -> SplitRule:
+    """Return the rule of a pre-tokenizer that splits at a pattern."""
+    match step:
+        case {"type": "Split", "behavior": str(behavior)} if behavior in _BEHAVIORS:
+            invert = step.get("invert", False)
+            if isinstance(invert, bool):
+                return SplitRule(_pattern_of(step, where), behavior, invert)
+        case {"type": "Digits", "individual_digits": bool(individual)}:
+            return SplitRule(r"\p{N}" if individual else r"\p{N}+")
+        case {"type": "Punctuation"}:
+            behavior = step.get("behavior", "Isolated")
+            if behavior in _BEHAVIORS:
+                return SplitRule(_PUNCTUATION, behavior)
+        case {"type": "WhitespaceSplit"}:
+            return SplitRule(f"[{WHITESPACE}]", "Removed")
+        case {"type": "Whitespace"}:
+            return SplitRule(r"\w+|[^\w\s]+", "Removed", invert=True)
+        case {"type": "CharDelimiterSplit", "delimiter": str(delimiter)}:
+            return SplitRule(regex.escape(delimiter), "Removed")
+    raise _unsupported(step, where)
+
+
+@dataclass(frozen=True)
+class PreTokenizers:
+    """Several rules, one after the other, on texts whose spaces are written as spaces.
+
+    Attributes:
+        before: the rules that see spaces as spaces.
+        after: the rules that see them as U+2581.
+        prefix: whether every piece after `before` gets a space if it has none (Metaspace).
+        split_before_space: whether to split before every space.
+    """
+
+    before: tuple[Callable[[str], list[str]], ...] = ()
+    after: tuple[Callable[[str], list[str]], ...] = ()
+    prefix: bool = False
+    split_before_space: bool = False
+
+    def __call__(self, text: str) -> list[str]:
+        """Return the pieces of a text."""
+        pieces = [text]
+        for rule in self.before:
+            pieces = [part for piece in pieces for part in rule(piece)]
+        if self.prefix:
+            pieces = [piece if piece.startswith(" ") else " " + piece for piece in pieces]
+        if self.split_before_space:
+            pieces = [p for piece in pieces for p in regex.findall("(?s) ?[^ ]+| ", piece)]
+        pieces = [piece.replace(" ", SPACE_SYMBOL) for piece in pieces]
+        for rule in self.after:
+            pieces = [part for piece in pieces for part in rule(piece)]
+        return [piece.replace(SPACE_SYMBOL, " ") for piece in pieces]
+
+
+class PreTokenization(NamedTuple):
+    """The settings of `SentencePiece` that a pre-tokenizer gives."""
+
+    pre_tokenizer: PreTokenizers | None = None
+    metaspace: str | None = None
+    split_before_space: bool = False
+    steps: tuple[Step, ...] = ()  # to add to the normalizer
+    escapes_spaces: bool = False
+
+
+@dataclass(frozen=True)
+class JoinWords:
+    """Replace whitespace by one space before every word: WhitespaceSplit, then Metaspace."""
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        words = text.translate(_TO_SPACE).split(" ")
+        return "".join(
+            word if word.startswith(SPACE_SYMBOL) else " " + word for word in words if word
+        )
+
+
+_TO_SPACE = {ord(character): " " for character in WHITESPACE}
+
+
+def pre_tokenization(spec: Any, escapes_spaces: bool, where: str) -> PreTokenization:
+    """Return the settings of the pre-tokenizers of a vocabulary of characters.
+
+    Args:
+        spec: the value of `pre_tokenizer`.
+        escapes_spaces: whether the normalizer writes spaces as U+2581.
+        where: the file and key, for error messages.
+
+    Raises:
+        ValueError: if a step is not supported.
+    """
+    before: list[Callable[[str], list[str]]] = []
+    after: list[Callable[[str], list[str]]] = []
+    steps = steps_of(spec, "pretokenizers", where)
+    metaspace: str | None = None
+    split = False
+    has_metaspace = escapes_spaces
+    for step in steps:
+        if isinstance(step, dict) and step.get("type") == "Metaspace":
+            if before and has_metaspace:
+                raise _unsupported(step, where)
+            metaspace, split = _metaspace(step, where)
+            has_metaspace = True
+            continue
+        if not isinstance(step, dict):
+            raise _unsupported(step, where)
+        if has_metaspace and step.get("pattern") == {"String": " "}:
+            continue  # there are no spaces left: Gemma
+        (after if has_metaspace else before).append(_split_rule(step, where))
+    words_only = before == [_split_rule({"type": "WhitespaceSplit"}, where)] and not after
+    if words_only and metaspace == "always":
+        return PreTokenization(None, None, True, (JoinWords(),), True)
+    if not before and not after:
+        return PreTokenization(None, metaspace, split, (), has_metaspace)
+    rules = PreTokenizers(
+        tuple(before),
+        tuple(after),
+        prefix=bool(before) and metaspace == "always",
+        split_before_space=split,
+    )
+    if before and metaspace == "first":
+        raise ValueError(
+            f"{where}: Metaspace with prepend_scheme 'first' after {short_repr(steps[0])} is not "
+            "supported"
+        )
+    return PreTokenization(rules, None if before else metaspace, split, (), has_metaspace)
+
+
+def _metaspace(step: Mapping[str, Any], where: str) -> tuple[str | None, bool]:
+    """Return where a Metaspace puts a space (None: nowhere), and whether it splits."""
+    if step.get("replacement", SPACE_SYMBOL) != SPACE_SYMBOL:
+        raise _unsupported(step, where)
+    scheme = step.get("prepend_scheme")
+    if scheme is None:  # old files
+        scheme = "always" if step.get("add_prefix_space", True) else "never"
+    if scheme not in ("always", "first", "never"):
+        raise _unsupported(step, where)
+    return None if scheme == "never" else scheme, step.get("split", True) is not False
+
+
+# Normalizers
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Remove whitespace at the ends of a text."""
+
+    left: bool
+    right: bool
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        text = text.lstrip(WHITESPACE) if self.left else text
+        return text.rstrip(WHITESPACE) if self.right else text
+
+
+@dataclass(frozen=True)
+class Lowercase:
+    """Convert letters to lower case."""
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        return text.lower()
+
+
+@dataclass(frozen=True)
+class StripAccents:
+    """Remove combining marks."""
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        return regex.sub(r"\p{M}", "", text)
+
+
+@dataclass(frozen=True)
+class Precompiled:
+    """Apply a precompiled charsmap by graphemes."""
+
+    charsmap: Charsmap
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        return self.charsmap.replace_graphemes(text)
+
+
+@dataclass(frozen=True)
+class Nmt:
+    """Remove control characters and write other whitespace as spaces."""
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        return text.translate(_NMT)
+
+
+_NMT = {code: None for code in [*range(1, 9), 0xB, *range(0xE, 0x20), 0x7F, 0x8F, 0x9F]} | {
+    code: " "
+    for code in [9, 0xA, 0xC, 0xD, 0x1680, *range(0x200B, 0x2010), 0x2028, 0x2029, 0x2581]
+    + [0xFEFF, 0xFFFD]
+}
+
+
+def read_normalizers(spec: Any, where: str) -> tuple[list[Step], bool]:
+    """Return the steps of the normalizer, and whether they write spaces as U+2581.
+
+    Raises:
+        ValueError: if a step is not supported, or damaged.
+    """
+    steps: list[Step] = []
+    escapes_spaces = False
+    for step in steps_of(spec, "normalizers", where):
+        match step:
+            case {"type": "Prepend", "prepend": str(prefix)}:
+                steps.append(normalizers.Prepend(prefix))
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                escapes_spaces |= (old, new) == (" ", SPACE_SYMBOL)
+                steps.append(normalizers.Replace(old, new))
+            case {"type": "Replace", "pattern": {"Regex": str(old)}, "content": str(new)}:
+                old = _checked_pattern(old, where)
+                steps.append(normalizers.Replace(old, new, is_regex=True))
+            case {"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}:
+                steps.append(normalizers.UnicodeForm(form))
+            case {"type": "Precompiled", "precompiled_charsmap": str(data)}:
+                try:
+                    charsmap = Charsmap(base64.b64decode(data, validate=True))
+                except (binascii.Error, ValueError) as error:
+                    raise ValueError(f"{where}: {error}") from error
+                steps.append(Precompiled(charsmap))
+            case {"type": "Precompiled", "precompiled_charsmap": None}:
+                pass
+            case {"type": "Lowercase"}:
+                steps.append(Lowercase())
+            case {"type": "StripAccents"}:
+                steps.append(StripAccents())
+            case {"type": "Nmt"}:
+                steps.append(Nmt())
+            case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
+                steps.append(Strip(left, right))
+            case _:
+                raise _unsupported(step, where)
+    return steps, escapes_spaces
+
+
+# Decoders and post-processors
+
+
+def decoder_strips_prefix(spec: Any, where: str) -> bool:
+    """Return whether the decoder of a vocabulary of characters drops a space at the start.
+
+    Raises:
+        ValueError: if a step is not supported.
+    """
+    strips = False
+    for step in steps_of(spec, "decoders", where):
+        match step:
+            case {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}:
+                pass
+            case {"type": "ByteFallback" | "Fuse"}:
+                pass
+            case {"type": "Strip", "content": " ", "start": 0 | 1 as start, "stop": 0}:
+                strips |= start == 1
+            case {"type": "Metaspace"}:
+                strips |= _metaspace(step, where)[0] is not None
+            case _:
+                raise _unsupported(step, where)
+    return strips
+
+
+def added_around(spec: Any, where: str) -> tuple[str | None, str | None]:
+    """Return the tokens that the post-processor adds before and after a text, or None.
+
+    Raises:
+        ValueError: if a step is not supported, or adds more than one token on a side.
+    """
+    before: list[str] = []
+    after: list[str] = []
+    for step in steps_of(spec, "processors", where):
+        match step:
+            case {"type": "ByteLevel"}:
+                pass  # changes offsets only
+            case {"type": "TemplateProcessing", "single": list(single)}:
+                names = [_template_item(item) for item in single]
+                if None in names or names.count("") != 1:
+                    raise _unsupported(step, where)
+                before += [name for name in names[: names.index("")] if name]
+                after += [name for name in names[names.index("") + 1 :] if name]
+            case {
+                "type": "RobertaProcessing" | "BertProcessing",
+                "cls": [str(cls), int()],
+                "sep": [str(sep), int()],
+            }:
+                before.append(cls)
+                after.append(sep)
+            case _:
+                raise _unsupported(step, where)
+    if len(before) > 1 or len(after) > 1:
+        raise _unsupported(spec, where)
+    return (before or [None])[0], (after or [None])[0]
+
+
+def _template_item(item: Any) -> str | None:
+    """Return the token of an item of a template, "" for the text, None for anything else."""
+    match item:
+        case {"Sequence": {"id": "A"}}:
+            return ""
+        case {"SpecialToken": {"id": str(token)}} if token:
+            return token
+    return None
+
+
+def join_steps(steps: Sequence[Step]) -> Step:
+    """Return one step for several, which may be none."""
+    return normalizers.sequence(list(steps))

@@ -1,0 +1,274 @@
+"""Vocabularies of SentencePiece: the ids and texts of sentencepiece and tokenizers."""
+
+import base64
+import json
+import pickle
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bpe
+from bpe.fast_piece_encoder import FastPieceEncoder
+from bpe.unigram import Unigram
+from tests.bpe.conftest import GOLDEN
+from tests.naming import naming
+
+CONTENT = json.loads((GOLDEN / "sentencepiece.json").read_text())
+TEXTS = CONTENT["texts"]
+MODELS, LAYOUTS = list(CONTENT["models"]), list(CONTENT["tokenizers"])
+
+
+@pytest.fixture(scope="module")
+def load_model(tmp_path_factory):
+    @cache
+    def load(name):
+        path = tmp_path_factory.mktemp(name) / "tokenizer.model"
+        path.write_bytes(base64.b64decode(CONTENT["models"][name]["model"]))
+        return bpe.load(path)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def load_layout(tmp_path_factory):
+    @cache
+    def load(name):
+        path = tmp_path_factory.mktemp(name) / "tokenizer.json"
+        path.write_text(json.dumps(CONTENT["tokenizers"][name]["tokenizer.json"]))
+        return bpe.load(path)
+
+    return load
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokenizer_model_matches_sentencepiece(load_model, name):
+    encoding = load_model(name).encoding
+    expected = CONTENT["models"][name]
+    user_defined = {"<start_of_turn>", "<sep>"} & encoding.special_tokens.keys()
+    for text, ids, decoded in zip(TEXTS, expected["ids"], expected["decoded"], strict=True):
+        found = encoding.encode(text, allowed_special=user_defined, disallowed_special=())
+        if not isinstance(encoding.model, Unigram) or found == ids:
+            assert found == ids, text
+        else:  # sentencepiece adds scores in float32, so it cannot tell close paths apart
+            scores = [sum(map(score_of(encoding), path)) for path in (found, ids)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+        if encoding.unk_id not in ids and "\u2581" not in text:
+            assert encoding.decode(ids) == decoded
+
+
+def score_of(encoding):
+    scores = {encoding.model.pieces[piece]: s for piece, s in encoding.model.scores.items()}
+    return lambda id: scores.get(id, encoding.model.unk_score)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tokenizer_json_matches_tokenizers(load_layout, name):
+    tokenizer = load_layout(name)
+    encoding = tokenizer.encoding
+    for text, expected in zip(TEXTS, CONTENT["tokenizers"][name]["ids"], strict=True):
+        ids = encoding.encode(text, allowed_special="all")
+        ids = [tokenizer.bos_id] * tokenizer.add_bos + ids + [tokenizer.eos_id] * tokenizer.add_eos
+        assert ids == expected, text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_long_texts_have_the_same_ids(load_model, name):
+    encoding = load_model(name).encoding
+    texts = [*TEXTS, "", " ", "a\x00b", "\n" * 50, "no space" * 30]
+    assert isinstance(encoding._fast_encoder, FastPieceEncoder)
+    fast = encoding._encode_fast(texts * 3, frozenset())
+    assert [ids.tolist() for ids in fast] == [encoding.encode_ordinary(t) for t in texts] * 3
+    long = " ".join(texts) * 20
+    assert len(long) > 1 << 15
+    (ids,) = encoding._encode_fast([long], frozenset())
+    slow = [id for item in encoding._items(long, frozenset()) for id in encoding._encode_item(item)]
+    assert ids.tolist() == slow
+    assert encoding.encode_to_numpy(long, disallowed_special=()).dtype == np.uint32
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+@given(text=st.text())
+@settings(max_examples=100, deadline=None)
+def test_text_comes_back(load_model, name, text):
+    encoding = load_model(name).encoding
+    ids = encoding.encode_ordinary(text)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    # The rules of these vocabularies replace some characters; "▁" is a space.
+    if set(text).isdisjoint("\u2581\tA\u030a\nfi\u0660\u0661\uff21\u200b"):
+        assert encoding.decode(ids) == text
+        stream = bpe.StreamDecoder(encoding)
+        assert "".join(map(stream.push, ids)) + stream.flush() == text
+
+
+def test_stream_keeps_space_after_prompt_and_joins_bytes(load_model):
+    encoding = load_model("llama").encoding
+    ids = encoding.encode_ordinary("\U0001f600 x")
+    assert encoding.decode_single_token_bytes(ids[0]) == b" "
+    after = bpe.StreamDecoder(encoding, after_prompt=True)
+    assert [after.push(id) for id in ids] == [" ", "", "", "", "\U0001f600", *" x"][: len(ids)] or (
+        "".join(map(bpe.StreamDecoder(encoding, after_prompt=True).push, ids)) == " \U0001f600 x"
+    )
+    start = bpe.StreamDecoder(encoding)
+    pieces = [start.push(id) for id in ids]
+    assert pieces[:4] == ["", "", "", ""]
+    assert "".join(pieces) == "\U0001f600 x"
+
+
+def test_parts_are_encoded_as_one_text(load_layout):
+    """A dummy prefix was put before every part: llama.cpp and tokenizers only know whole texts."""
+    for name in ("llama2", "mistral", "phi3"):
+        encoding = load_layout(name).encoding
+        specials = [t for t in ("[INST]", "<|user|>", "</s>") if t in encoding.special_tokens]
+        for special in specials:
+            parts = [("low", False), (special, True), (" x", False), (" low", False)]
+            whole = "".join(text for text, _ in parts)
+            ids = encoding.encode_parts(parts)
+            assert sum(ids, []) == encoding.encode(whole, allowed_special="all")
+            assert ids[1] == [encoding.special_tokens[special]]
+
+
+def test_special_tokens_are_text_unless_allowed(load_layout):
+    encoding = load_layout("llama2").encoding
+    assert encoding.special_tokens["</s>"] not in encoding.encode_ordinary("a</s>")
+    assert encoding.decode(encoding.encode_ordinary("a</s>")) == "a</s>"
+    with pytest.raises(ValueError, match="</s>"):
+        encoding.encode("a</s>")
+
+
+def test_user_defined_text_is_one_token_and_markup_is_special(load_model):
+    encoding = load_model("gemma").encoding
+    assert b"<h1>" in encoding.decode_tokens_bytes(encoding.encode_ordinary("x<h1>y"))
+    assert "<start_of_turn>" in encoding.special_tokens
+    turn = encoding.special_tokens["<start_of_turn>"]
+    assert encoding.encode("<start_of_turn>", allowed_special="all") == [turn]
+
+
+def test_byte_ids_are_known_and_decode(load_model):
+    encoding = load_model("llama").encoding
+    byte_ids = [encoding.encode_ordinary("\x01")[-1], encoding.encode_ordinary("\U0001f600")[-1]]
+    assert set(byte_ids) <= set(encoding.token_ids)
+    assert encoding.decode_single_token_bytes(byte_ids[0]) == b"\x01"
+    assert sorted(encoding.token_ids) == list(range(encoding.n_vocab))
+
+
+def test_encoding_pickles(load_model, load_layout):
+    for encoding in (load_model("unigram").encoding, load_layout("mistral").encoding):
+        ids = encoding.encode_ordinary("low lower")
+        assert pickle.loads(pickle.dumps(encoding)).encode_ordinary("low lower") == ids
+
+
+def gguf_metadata(tokenizer_model, kind: str, **more) -> dict:
+    """Return the GGUF metadata of a tokenizer.model, as llama.cpp's converter writes them."""
+    from bpe.formats.sentencepiece import parse_model
+
+    model = parse_model(tokenizer_model, "tokenizer.model")
+    return {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.tokens": model.pieces,
+        "tokenizer.ggml.scores": model.scores,
+        "tokenizer.ggml.token_type": model.types,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        **{"tokenizer.ggml." + key: value for key, value in more.items()},
+    }
+
+
+def test_gguf_has_the_ids_of_the_tokenizer_model():
+    charsmapped = set("\tA\u030a\nfi\u0660\u0661\uff21\u200b")
+    data = base64.b64decode(CONTENT["models"]["llama"]["model"])
+    tokenizer = bpe.from_gguf(gguf_metadata(data, "llama"))
+    assert (tokenizer.add_bos, tokenizer.add_eos, tokenizer.bos_id) == (True, False, 1)
+    assert tokenizer.stop_ids == {2}
+    for text, ids in zip(TEXTS, CONTENT["models"]["llama"]["ids"], strict=True):
+        if charsmapped.isdisjoint(text):
+            assert tokenizer.encoding.encode_ordinary(text) == ids
+    plain = bpe.from_gguf(gguf_metadata(data, "llama", add_space_prefix=False)).encoding
+    assert plain.encode_ordinary(" low") == tokenizer.encoding.encode_ordinary("low")
+    assert plain.decode(plain.encode_ordinary(" low")) == " low"
+
+
+def test_gguf_unigram_adds_eos():
+    data = base64.b64decode(CONTENT["models"]["unigram"]["model"])
+    options = {"add_space_prefix": True, "remove_extra_whitespaces": True}
+    tokenizer = bpe.from_gguf(gguf_metadata(data, "t5", **options))
+    assert (tokenizer.add_bos, tokenizer.add_eos) == (False, True)
+    for text, ids in zip(TEXTS, CONTENT["models"]["unigram"]["ids"], strict=True):
+        found = tokenizer.encoding.encode_ordinary(text)
+        if set("\tA\u030a\nfi\u0660\u0661\uff21\u200ba").isdisjoint(text):
+            assert found == ids
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "facts"),
+    [
+        ("scores", [0.0], ["scores", 1]),
+        ("scores", ..., ["scores"]),
+        ("token_type", [1] * 600, ["tokens", "unknown"]),
+        ("tokens", ["a"] * 600, ["tokens", "'a'"]),
+        ("add_sep_token", True, ["add_sep_token"]),
+    ],
+)
+def test_damaged_gguf_names_the_key(key, value, facts):
+    meta = gguf_metadata(base64.b64decode(CONTENT["models"]["llama"]["model"]), "llama")
+    meta["tokenizer.ggml." + key] = value
+    if value is ...:
+        del meta["tokenizer.ggml." + key]
+    with pytest.raises(ValueError, match=naming("m.gguf", *facts)):
+        bpe.from_gguf(meta, source="m.gguf")
+
+
+def change_unigram(spec):
+    spec["model"]["unk_id"] = None
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "facts"),
+    [
+        ("t5", lambda s: s["model"].pop("unk_id"), ["model", "unk_id"]),
+        ("t5", lambda s: s["model"].update(unk_id=10**6), ["unk_id", 10**6]),
+        ("t5", lambda s: s["model"]["vocab"].append(["x", "y"]), ["model", "vocab"]),
+        ("t5", lambda s: s["model"]["vocab"].append(s["model"]["vocab"][9]), ["model", "vocab[9]"]),
+        ("llama2", lambda s: s["model"]["vocab"].pop("<0x0A>"), ["byte_fallback", "<0x0A>"]),
+        ("llama2", lambda s: s["model"].update(unk_token="?"), ["unk_token", "'?'"]),
+        ("llama2", lambda s: s["model"]["merges"].append(["a"]), ["merges"]),
+        ("llama2", lambda s: s["decoder"]["decoders"].append({"type": "CTC"}), ["decoder", "CTC"]),
+        ("mistral", lambda s: s.update(pre_tokenizer=None), ["pre_tokenizer", "U+2581"]),
+        ("xlmr", lambda s: s["normalizer"].update(precompiled_charsmap="AAAA"), ["normalizer"]),
+    ],
+)
+def test_damaged_tokenizer_json_names_the_field(tmp_path, layout, change, facts):
+    spec = json.loads(json.dumps(CONTENT["tokenizers"][layout]["tokenizer.json"]))
+    change(spec)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=naming(path, *facts)):
+        bpe.load(path)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 100, 5000])
+def test_damaged_tokenizer_model_names_the_file(tmp_path, cut):
+    data = base64.b64decode(CONTENT["models"]["llama"]["model"])
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data[:-cut] if cut < 100 else b"\xff" * cut)
+    with pytest.raises(ValueError, match=naming(path)):
+        bpe.load(path)
+
+
+def test_tokenizer_model_of_random_bytes_raises_value_error(tmp_path):
+    data = bytearray(base64.b64decode(CONTENT["models"]["unigram"]["model"]))
+    chance = random.Random(5)
+    path = tmp_path / "tokenizer.model"
+    for _ in range(50):
+        damaged = bytearray(data)
+        for _ in range(3):
+            damaged[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            bpe.load(path).encoding.encode_ordinary("low lower \U0001f600")
+        except ValueError as error:
+            assert str(path) in str(error)
