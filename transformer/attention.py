@@ -21,8 +21,9 @@ def attend(
     window: int | None = None,
     segments: jax.Array | None = None,
     softcap: float | None = None,
+    is_causal: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute causal softmax attention.
+    """Compute softmax attention, causal by default.
 
     Args:
         q: Queries, float32 [B, T, N, H].
@@ -34,6 +35,8 @@ def attend(
             query attends to positions of its own text only. None means one text per row.
         softcap: Scores become softcap * tanh(score / softcap) before the softmax (Gemma 2,
             arXiv:2408.00118). None means no cap.
+        is_causal: Whether a query attends to no later position. If not, `window` is the number of
+            positions to either side.
 
     Returns:
         The attention output [B, T, N, H] and the attention weights [B, N, T, T].
@@ -42,9 +45,12 @@ def attend(
     num_kv_heads = k.shape[2]
     q = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k)
-    visible = jnp.tril(jnp.ones((length, length), bool))  # [T, S]
+    visible = jnp.ones((length, length), bool)  # [T, S]
+    if is_causal:
+        visible = jnp.tril(visible)
     if window is not None:
-        visible = jnp.triu(visible, 1 - window)
+        visible = jnp.triu(visible, 1 - window if is_causal else -window)
+        visible = visible if is_causal else jnp.tril(visible, window)
     if segments is not None:
         same_segment = segments[:, :, None] == segments[:, None, :]  # [B, T, S]
         visible = (visible & same_segment)[:, None, None]

@@ -133,6 +133,8 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "rope_pct": (1,),
         "rotary_percent": (1,),
         "rotary_percentage": (1,),
+        "rotary_emb_fraction": (1,),  # nomic
+        "rotary_scaling_factor": (),
         "rotary_dim": (_head_dim,),  # GPT-J
         "rotary_emb_base": (_rope_theta,),  # GPT-NeoX
         "rotary_emb_scale_base": (),  # xPos
@@ -185,6 +187,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "block_types": ("attention",),
         "use_bidirectional_attention": (False,),
         "is_causal": (True,),
+        "causal": (True,),
         "prefix_lm": (False,),
         "is_decoder": (True, False),  # a decoder is causal either way
         "is_encoder_decoder": (False,),
@@ -203,6 +206,9 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "use_qkv_bias": (False,),
         "add_qkv_bias": (False,),
         "mlp_bias": (False,),
+        "qkv_proj_bias": (False,),  # nomic
+        "mlp_fc1_bias": (False,),
+        "mlp_fc2_bias": (False,),
         "use_bias": (False,),
         "bias": (False,),
         "enable_bias": (False,),
@@ -223,6 +229,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "apply_residual_connection_post_layernorm": (False,),
         "do_layer_norm_before": (True,),  # OPT
         "pre_norm": (True,),
+        "prenorm": (True,),
         "use_post_norm": (False,),
         "use_sandwich_norm": (False,),
         "post_layer_norm": (True,),  # ChatGLM: a norm after the last layer
@@ -231,6 +238,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "layer_norm_elementwise_affine": (True,),
         "norm_type": ("rms", "rmsnorm", "rms_norm", "RMSNorm"),
         "rmsnorm": (True,),
+        "use_rms_norm": (True,),
     },
     "changes the activation of the MLP": {
         "hidden_act": (),
@@ -247,6 +255,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_local_experts": (0, 1),  # Mixtral
         "n_routed_experts": (0, 1),  # DeepSeek
         "moe_num_experts": (0, 1),
+        "moe_every_n_layers": (0,),
         "n_shared_experts": (0,),
         "num_shared_experts": (0,),
         "enable_moe_block": (False,),

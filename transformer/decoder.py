@@ -335,7 +335,7 @@ def embed_tokens(
 def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Apply the final norm and the head: float32 [..., D] -> logits, float32 [..., V]."""
     with jax.named_scope("unembed"):
-        return scale_logits(linear(_norm(x, params.final_norm, cfg), lm_head(params)), cfg)
+        return scale_logits(linear(final_norm(params, cfg, x), lm_head(params)), cfg)
 
 
 def scale_logits(logits: jax.Array, cfg: Config) -> jax.Array:
@@ -345,6 +345,11 @@ def scale_logits(logits: jax.Array, cfg: Config) -> jax.Array:
     if cfg.final_logit_softcap is not None:
         logits = attention.soft_cap(logits, cfg.final_logit_softcap)
     return logits
+
+
+def final_norm(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
+    """Apply the norm before the head: float32 [..., D] -> [..., D]."""
+    return _norm(x, params.final_norm, cfg)
 
 
 def lm_head(params: Params) -> Linear:
@@ -434,7 +439,7 @@ def hidden_states(
     for i, layer in enumerate(params.layers):
         forward_layer = partial(_forward_layer, cfg=cfg, window=cfg.window(i))
         x, _ = (recompute(forward_layer) if remat else forward_layer)(x, layer, angles[i], segments)
-    return _norm(x, params.final_norm, cfg)
+    return final_norm(params, cfg, x)
 
 
 # A nested jit, so that layers of the same shapes are traced and differentiated once.

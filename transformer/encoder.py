@@ -1,16 +1,20 @@
-"""A BERT-style encoder: token ids in, one embedding per text out.
+"""An encoder: token ids in, one embedding per text (or one score per pair of texts) out.
 
-Every token attends to the whole text, so there is no cache. Each norm is applied after the residual
-addition (post-norm). The architecture follows BERT (Devlin et al. 2018, arXiv:1810.04805); pooling
-the token vectors into one vector per text follows Sentence-BERT (Reimers & Gurevych 2019,
-arXiv:1908.10084). Common models of this kind are all-MiniLM, BGE and E5.
+Every token attends to the whole text, so there is no cache. The architecture follows BERT (Devlin
+et al. 2018, arXiv:1810.04805), in which each norm is applied after the residual addition
+(post-norm). Where later encoders differ (RoBERTa, ModernBERT, nomic), a field of `Config` selects
+the variant, or a part of a layer is None; `encoder_families.py` lists them. Common models of this
+kind are all-MiniLM, BGE and E5.
+
+`pooling.py` turns the token vectors into one vector per text. A cross-encoder reads a question and
+a document together, as a pair of texts, and its head turns the pooled vector into a score
+(Nogueira & Cho 2019, arXiv:1901.04085).
 
 Several texts may share a row: `segments` numbers them, and a token attends only to tokens with its
 own number (Krell et al. 2021, arXiv:2107.02027). `packing.py` packs texts into rows in this way, so
 that there is little padding.
 
-Leaves out: pairs of texts (token types other than 0), the pooler of BERT's pretraining, and
-relative or rotary positions.
+Leaves out: relative positions (DeBERTa, MPNet), ALiBi (Jina 2), mixtures of experts (nomic 2).
 """
 
 from __future__ import annotations
@@ -18,40 +22,41 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from transformer import config_keys, packing
+from transformer import (
+    config_keys,
+    encoder_families,
+    kernels,
+    packing,
+    pooled_decoder,
+    pooling,
+    rope,
+)
+from transformer.config import check_size
 from transformer.decoder import ArrayInfo, initialize, position_ids
 from transformer.layers import embed, linear, norm
+from transformer.pooling import ACTIVATIONS, Dense
 from transformer.weights import Linear, Norm
 
-# Key of config.json -> field.
-_HF_FIELDS = {
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_seq_len",
-    "type_vocab_size": "num_types",
-    "layer_norm_eps": "norm_eps",
-}
-# The defaults of transformers for keys that config.json lacks, as in Google's first files.
-_HF_DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu"}
-_GELU = ("gelu", "gelu_python")  # both names mean the exact GELU, computed with erf
-_NEUTRAL = config_keys.LAYER_NORM | {
-    **dict.fromkeys(config_keys.ACTIVATIONS, _GELU),
-    "is_decoder": (False,),
-    "is_causal": (False,),
-    "use_bidirectional_attention": (True,),
-    "pre_norm": (False,),
-    "do_layer_norm_before": (False,),
-}
+_SIZES = ("num_layers", "num_heads", "d_model", "d_ff", "vocab_size", "max_seq_len", "max_tokens")
+_CHOICES = {"position": ("learned", "rope"), "mlp": ("gelu", "geglu", "swiglu")}
+_FLAGS = ("pre_norm", "attention_bias", "mlp_bias", "normalize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The head of a cross-encoder: a dense layer, an optional norm, and a linear map to labels."""
+
+    num_labels: int
+    activation: Literal["tanh", "gelu"] = "tanh"
+    has_norm: bool = False
+    has_bias: bool = True  # of the dense layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +72,33 @@ class Config:
     d_model: int  # D
     d_ff: int  # F
     vocab_size: int  # V
-    max_seq_len: int  # rows of the position table
+    max_seq_len: int  # positions
     max_tokens: int  # longest text, special tokens included; at most max_seq_len
-    num_types: int = 2
+    num_types: int = 2  # types of token, for the first and second text of a pair; 0: no such table
     norm_eps: float = 1e-12
-    pooling: Literal["mean", "cls"] = "mean"  # average over all tokens, or the first token
+    position: Literal["learned", "rope"] = "learned"
+    position_offset: int = 0  # row of the position table for the first token; RoBERTa skips some
+    rope_theta: float = 10_000.0
+    local_rope_theta: float | None = None  # of layers with a window; None: rope_theta
+    windows: tuple[int | None, ...] = (None,)  # repeated over the layers: how far a token sees
+    pre_norm: bool = False  # norm the input of attention and MLP instead of the sum after them
+    mlp: Literal["gelu", "geglu", "swiglu"] = "gelu"
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    pooling: str | tuple[str, ...] = "mean"  # see `pooling.py`
+    dense: tuple[Dense, ...] = ()  # layers after the pooling
     normalize: bool = True  # scale embeddings to length 1
+    head: HeadConfig | None = None  # of a cross-encoder
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "d_model", "d_ff", "vocab_size", "max_seq_len",
-                     "max_tokens", "num_types"):  # fmt: skip
+        for name in _SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("num_types", "position_offset"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model must be a multiple of num_heads, got {self.d_model} and {self.num_heads}"
@@ -91,15 +110,42 @@ class Config:
             )
         if not isinstance(self.norm_eps, float) or not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be between 0 and 1, got {self.norm_eps!r}")
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling must be 'mean' or 'cls', got {self.pooling!r}")
-        if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize must be True or False, got {self.normalize!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in _FLAGS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        for name in ("rope_theta", "local_rope_theta"):
+            value: Any = getattr(self, name)
+            if name == "local_rope_theta" and value is None:
+                continue
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number and 0 < value < 1e12):
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        if not isinstance(self.windows, tuple) or not self.windows:
+            raise ValueError(f"windows must be a tuple that is not empty, got {self.windows!r}")
+        for window in self.windows:
+            if window is not None:
+                check_size("windows", window)
+        checked = pooling.check(self.pooling, self.dense, self.d_model)
+        object.__setattr__(self, "pooling", checked)
 
     @property
     def head_dim(self) -> int:
         """Width H of a head."""
         return self.d_model // self.num_heads
+
+    @property
+    def embedding_width(self) -> int:
+        """Width E of an embedding."""
+        return pooling.output_width(self.pooling, self.dense, self.d_model)
+
+    def window(self, layer: int) -> int | None:
+        """Return how many positions to either side a token of `layer` sees; None means all."""
+        return self.windows[layer % len(self.windows)]
 
     @classmethod
     def debug(cls, **changes: Any) -> Config:
@@ -121,19 +167,20 @@ class Config:
         config: Mapping[str, Any],
         *,
         max_tokens: int | None = None,
-        pooling: Literal["mean", "cls"] = "mean",
+        pooling: str | tuple[str, ...] = "mean",
         normalize: bool = True,
+        dense: tuple[Dense, ...] = (),
     ) -> Config:
-        """Convert the dictionary of a Hugging Face `config.json` of model_type bert.
+        """Convert the dictionary of a Hugging Face `config.json`.
 
         The keyword arguments are what sentence-transformers stores in other files.
 
         Args:
             config: The content of config.json.
-            max_tokens: Maximum length of a text in tokens; None means the size of the position
-                table.
+            max_tokens: Maximum length of a text in tokens; None means the number of positions.
             pooling: See the field of this class.
             normalize: See the field of this class.
+            dense: See the field of this class.
 
         Returns:
             The config.
@@ -142,27 +189,33 @@ class Config:
             ValueError: A key is missing or has an invalid value, or a key changes the forward pass
                 in a way that this encoder does not support; see `config_keys`.
         """
-        if (kind := config.get("model_type")) != "bert":
-            raise ValueError(f"model_type must be 'bert', got {kind!r}")
-        rest: dict[str, Any] = _HF_DEFAULTS | {
-            key: value for key, value in config.items() if value is not None
-        }
-        if missing := [key for key in _HF_FIELDS if key not in rest]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
-        fields: dict[str, Any] = {name: rest.pop(key) for key, name in _HF_FIELDS.items()}
+        fields, rest, neutral = encoder_families.fields_from_hf(config)
         fields["max_tokens"] = fields["max_seq_len"] if max_tokens is None else max_tokens
-        cfg = cls(**fields, pooling=pooling, normalize=normalize)
-        config_keys.check(rest, cfg, "bert", neutral_overrides=_NEUTRAL)
+        cfg = cls(**fields, pooling=pooling, normalize=normalize, dense=dense)
+        config_keys.check(rest, cfg, config["model_type"], neutral_overrides=neutral)
         return cfg
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the `config.json` dictionary that `from_hf` reads."""
+        """Return the `config.json` dictionary of a BERT, which `from_hf` reads.
+
+        Raises:
+            ValueError: The encoder is not a BERT.
+        """
+        keys = encoder_families.FAMILIES["bert"].keys
+        plain = type(self)(
+            **{name: getattr(self, name) for name in keys.values()},
+            max_tokens=self.max_tokens,
+            pooling=self.pooling,
+            normalize=self.normalize,
+        )
+        if plain != self:
+            raise ValueError(f"only a BERT without dense layers and head can be stored, got {self}")
         return {
             "architectures": ["BertModel"],
             "model_type": "bert",
             "hidden_act": "gelu",
             "position_embedding_type": "absolute",
-            **{key: getattr(self, name) for key, name in _HF_FIELDS.items()},
+            **{key: getattr(self, name) for key, name in keys.items()},
         }
 
 
@@ -173,20 +226,37 @@ class Layer(struct.PyTreeNode):
     k: Linear
     v: Linear
     out: Linear
-    attn_norm: Norm
+    attn_norm: Norm | None  # None in the first layer where cfg.pre_norm is True
     up: Linear  # [F, D]
     down: Linear  # [D, F]
     mlp_norm: Norm
+    gate: Linear | None = None  # [F, D] for swiglu and geglu; None for gelu
+
+
+class Head(struct.PyTreeNode):
+    """Weights of the head of a cross-encoder."""
+
+    dense: Linear  # [D, D]
+    norm: Norm | None
+    out: Linear  # [labels, D]
 
 
 class Params(struct.PyTreeNode):
     """Weights of the whole encoder."""
 
     embed: Linear  # [V, D], one row per token
-    positions: jax.Array  # [max_seq_len, D] float32
-    token_types: jax.Array  # [num_types, D] float32; row 0 is used for single texts
+    positions: jax.Array | None  # [position_offset + max_seq_len, D] float32, if learned
+    token_types: jax.Array | None  # [num_types, D] float32; row 0 is used for single texts
     embed_norm: Norm
     layers: tuple[Layer, ...]
+    final_norm: Norm | None = None  # where cfg.pre_norm is True
+    dense: tuple[Linear, ...] = ()  # layers after the pooling
+    head: Head | None = None
+
+
+# A decoder with a pooling embeds texts through the same functions as an encoder.
+AnyConfig = Config | pooled_decoder.Config
+AnyParams = Params | pooled_decoder.Params
 
 
 def abstract(cfg: Config) -> Params:
@@ -195,30 +265,51 @@ def abstract(cfg: Config) -> Params:
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
     leaf: Any = ArrayInfo  # takes the place of an array in the tree
 
-    def abstract_linear(out: int, inner: int, axes: tuple[str, str]) -> Linear:
-        return Linear(weight=leaf((out, inner), axes, normal), bias=leaf((out,), axes[:1], zeros))
+    def abstract_linear(
+        out: int, inner: int, axes: tuple[str, str], has_bias: bool = True
+    ) -> Linear:
+        return Linear(
+            weight=leaf((out, inner), axes, normal),
+            bias=leaf((out,), axes[:1], zeros) if has_bias else None,
+        )
 
-    abstract_norm = Norm(
-        scale=leaf((cfg.d_model,), ("model",), ones),
-        bias=leaf((cfg.d_model,), ("model",), zeros),
-    )
-    qkv = abstract_linear(cfg.d_model, cfg.d_model, ("heads", "model"))
+    d = cfg.d_model
+    abstract_norm = Norm(scale=leaf((d,), ("model",), ones), bias=leaf((d,), ("model",), zeros))
+    qkv = abstract_linear(d, d, ("heads", "model"), cfg.attention_bias)
+    up = abstract_linear(cfg.d_ff, d, ("ff", "model"), cfg.mlp_bias)
     layer = Layer(
         q=qkv,
         k=qkv,
         v=qkv,
-        out=abstract_linear(cfg.d_model, cfg.d_model, ("model", "heads")),
+        out=abstract_linear(d, d, ("model", "heads"), cfg.attention_bias),
         attn_norm=abstract_norm,
-        up=abstract_linear(cfg.d_ff, cfg.d_model, ("ff", "model")),
-        down=abstract_linear(cfg.d_model, cfg.d_ff, ("model", "ff")),
+        up=up,
+        down=abstract_linear(d, cfg.d_ff, ("model", "ff"), cfg.mlp_bias),
         mlp_norm=abstract_norm,
+        gate=None if cfg.mlp == "gelu" else up,
     )
+    # The input of the first layer is normed already, by `embed_norm`.
+    first = layer.replace(attn_norm=None) if cfg.pre_norm else layer
+    head = None
+    if cfg.head is not None:
+        head = Head(
+            dense=abstract_linear(d, d, ("model", "model"), cfg.head.has_bias),
+            norm=abstract_norm if cfg.head.has_norm else None,
+            out=abstract_linear(cfg.head.num_labels, d, ("label", "model")),
+        )
+    rows = cfg.position_offset + cfg.max_seq_len
     return Params(
-        embed=Linear(weight=leaf((cfg.vocab_size, cfg.d_model), ("vocab", "model"), normal)),
-        positions=leaf((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal),
-        token_types=leaf((cfg.num_types, cfg.d_model), ("type", "model"), normal),
+        embed=Linear(weight=leaf((cfg.vocab_size, d), ("vocab", "model"), normal)),
+        positions=leaf((rows, d), ("seq", "model"), normal) if cfg.position == "learned" else None,
+        token_types=leaf((cfg.num_types, d), ("type", "model"), normal) if cfg.num_types else None,
         embed_norm=abstract_norm,
-        layers=(layer,) * cfg.num_layers,
+        layers=(first, *(layer,) * (cfg.num_layers - 1)),
+        final_norm=abstract_norm if cfg.pre_norm else None,
+        dense=tuple(
+            abstract_linear(p.out_features, p.in_features, ("embed", "model"), p.has_bias)
+            for p in cfg.dense
+        ),
+        head=head,
     )
 
 
@@ -232,6 +323,7 @@ def forward(
     cfg: Config,
     ids: jax.Array,
     segments: jax.Array,
+    types: jax.Array | None = None,
     *,
     taps: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -243,31 +335,38 @@ def forward(
         ids: Token ids including special tokens, int32 [B, T].
         segments: Text number of each token within its row, int32 [B, T]: 1, 2, ... and 0 for
             padding. The tokens of a text are contiguous.
+        types: Type of each token, int32 [B, T]: 0 for a text and the first of a pair, 1 for the
+            second of a pair. None means 0.
         taps: Names of intermediates to return: "residual" (the residual stream before each block
             and after the last, [L + 1, B, T, D]) and "attention" (attention weights,
             [L, B, N, T, T]). An unused tap costs nothing under `jax.jit`.
 
     Returns:
-        The residual stream after the last block, float32 [B, T, D], and a dictionary with exactly
-        the named taps.
+        The residual stream after the last block and the final norm if there is one, float32
+        [B, T, D], and a dictionary with exactly the named taps.
 
     Raises:
         ValueError: A tap is unknown.
     """
     if unknown := set(taps) - {"residual", "attention"}:
         raise ValueError(f"taps must be among residual, attention; got {sorted(unknown)}")
+    positions = position_ids(segments)
     with jax.named_scope("embed"):
-        x = (
-            embed(params.embed, ids)
-            + params.positions[position_ids(segments)]
-            + params.token_types[0]
-        )
+        x = embed(params.embed, ids)
+        if params.positions is not None:
+            x = x + params.positions[positions + cfg.position_offset]
+        if params.token_types is not None:
+            x = x + params.token_types[0 if types is None else types]
         x = norm(x, params.embed_norm, cfg.norm_eps)  # [B, T, D]
+    rotations = _rotations(cfg, positions)
     residual, attentions = [x], []
-    for layer in params.layers:
-        x, weights = _block(x, layer, cfg, segments)
+    for i, layer in enumerate(params.layers):
+        window = cfg.window(i)
+        x, weights = _block(x, layer, cfg, segments, rotations[window is not None], window)
         residual.append(x)
         attentions.append(weights)
+    if params.final_norm is not None:
+        x = norm(x, params.final_norm, cfg.norm_eps)
     outputs: dict[str, jax.Array] = {}
     if "residual" in taps:
         outputs["residual"] = jnp.stack(residual)
@@ -276,42 +375,91 @@ def forward(
     return x, outputs
 
 
-def pool(x: jax.Array, cfg: Config, segments: jax.Array, num_texts: int) -> jax.Array:
-    """Pool the token vectors of each text into one vector.
+def _rotations(cfg: Config, positions: jax.Array) -> tuple[Any, Any]:
+    """Return the cosines and sines of layers without and with a window; None where learned."""
+    if cfg.position == "learned":
+        return None, None
+    whole = rope.angles(positions, cfg.head_dim, cfg.rope_theta)
+    if cfg.local_rope_theta is None or cfg.windows == (None,):
+        return whole, whole
+    return whole, rope.angles(positions, cfg.head_dim, cfg.local_rope_theta)
+
+
+def pool(
+    x: jax.Array,
+    cfg: AnyConfig,
+    segments: jax.Array,
+    num_texts: int,
+    dense: Sequence[Linear] = (),
+) -> jax.Array:
+    """Pool the token vectors of each text into one embedding.
 
     Args:
         x: Token vectors, float32 [B, T, D].
         cfg: Config of the encoder.
         segments: Text number of each token, int32 [B, T], as in `forward`.
         num_texts: Maximum number of texts in a row.
+        dense: Weights of the dense layers, if the config has any.
 
     Returns:
-        Embeddings, float32 [B, num_texts, D]. Index i of the second axis is segment i + 1, and zero
-        if the row has no such segment.
+        Embeddings, float32 [B, num_texts, E]. Index i of the second axis is segment i + 1, and zero
+        before the dense layers if the row has no such segment.
     """
     with jax.named_scope("pool"):
-        numbers = jnp.arange(1, num_texts + 1)[:, None]  # [num_texts, 1]
-        mask = segments[:, None, :] == numbers  # [B, num_texts, T]
-        if cfg.pooling == "cls":
-            mask &= (position_ids(segments) == 0)[:, None, :]
-        weights = mask.astype(jnp.float32)
-        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
-        y = jnp.einsum("bpt,btd->bpd", weights, x, preferred_element_type=jnp.float32)
-        if cfg.normalize:
-            y = y / jnp.maximum(jnp.linalg.norm(y, axis=-1, keepdims=True), 1e-12)
-        return y
+        y = pooling.pool_tokens(x, segments, position_ids(segments), num_texts, cfg.pooling)
+        return pooling.project(y, dense, cfg.dense, cfg.normalize)
+
+
+def score(y: jax.Array, cfg: Config, head: Head) -> jax.Array:
+    """Return the logits of a cross-encoder: pooled vectors, float32 [..., D] -> [..., labels]."""
+    assert cfg.head is not None
+    y = ACTIVATIONS[cfg.head.activation](linear(y, head.dense))
+    if head.norm is not None:
+        y = norm(y, head.norm, cfg.norm_eps)
+    return linear(y, head.out)
 
 
 @partial(jax.jit, static_argnames=("cfg", "num_texts"))
 def embed_batch(
-    params: Params, cfg: Config, ids: jax.Array, segments: jax.Array, num_texts: int
+    params: AnyParams, cfg: AnyConfig, ids: jax.Array, segments: jax.Array, num_texts: int
 ) -> jax.Array:
-    """Return the embeddings of packed rows: `forward`, then `pool`; float32 [B, num_texts, D]."""
-    x, _ = forward(params, cfg, ids, segments)
-    return pool(x, cfg, segments, num_texts)
+    """Return the embeddings of packed rows: `forward`, then `pool`; float32 [B, num_texts, E]."""
+    if isinstance(cfg, pooled_decoder.Config):
+        x, _ = pooled_decoder.forward(cast(Any, params), cfg, ids, segments)
+    else:
+        x, _ = forward(cast(Params, params), cfg, ids, segments)
+    return pool(x, cfg, segments, num_texts, params.dense)
 
 
-def embed_all(params: Params, cfg: Config, texts: Sequence[Sequence[int]]) -> np.ndarray:
+@partial(jax.jit, static_argnames=("cfg", "num_texts"))
+def score_batch(
+    params: Params,
+    cfg: Config,
+    ids: jax.Array,
+    segments: jax.Array,
+    types: jax.Array,
+    num_texts: int,
+) -> jax.Array:
+    """Return the logits of packed pairs of texts, float32 [B, num_texts, labels].
+
+    Args:
+        params: Weights of a cross-encoder.
+        cfg: Its config.
+        ids: As in `forward`.
+        segments: As in `forward`; a pair is one text.
+        types: As in `forward`.
+        num_texts: Maximum number of pairs in a row.
+
+    Raises:
+        ValueError: The encoder has no head.
+    """
+    if params.head is None:
+        raise ValueError("the encoder has no head, so it embeds texts and does not score pairs")
+    x, _ = forward(params, cfg, ids, segments, types if cfg.num_types > 1 else None)
+    return score(pool(x, cfg, segments, num_texts), cfg, params.head)
+
+
+def embed_all(params: AnyParams, cfg: AnyConfig, texts: Sequence[Sequence[int]]) -> np.ndarray:
     """Return the embeddings of many texts, computed in batches of few shapes (`packing.py`).
 
     Args:
@@ -320,20 +468,50 @@ def embed_all(params: Params, cfg: Config, texts: Sequence[Sequence[int]]) -> np
         texts: Token ids of each text including special tokens, at most cfg.max_tokens.
 
     Returns:
-        float32 [len(texts), D], in the order of the texts.
+        float32 [len(texts), E], in the order of the texts.
 
     Raises:
         ValueError: A text is empty or too long, or an id is not in the vocabulary.
     """
     check_ids(cfg, texts)
-    embeddings = np.empty((len(texts), cfg.d_model), np.float32)
+    embeddings = np.empty((len(texts), cfg.embedding_width), np.float32)
     for batch in packing.pack(texts, cfg.max_tokens):
         pooled = embed_batch(params, cfg, batch.ids, batch.segments, batch.max_texts)
         embeddings[batch.text_indices] = np.asarray(pooled)[batch.rows, batch.slots]
     return embeddings
 
 
-def check_ids(cfg: Config, texts: Sequence[Sequence[int]]) -> None:
+def score_all(
+    params: Params, cfg: Config, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> np.ndarray:
+    """Return the logits of a cross-encoder for many pairs of texts.
+
+    Args:
+        params: Weights of a cross-encoder.
+        cfg: Its config.
+        pairs: Token ids of each pair including special tokens, and the type of each token.
+
+    Returns:
+        float32 [len(pairs), labels], in the order of the pairs.
+
+    Raises:
+        ValueError: A pair is empty or too long, an id is not in the vocabulary, or the encoder has
+            no head.
+    """
+    if cfg.head is None:
+        raise ValueError("the encoder has no head, so it embeds texts and does not score pairs")
+    ids, types = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    check_ids(cfg, ids)
+    logits = np.empty((len(pairs), cfg.head.num_labels), np.float32)
+    for batch in packing.pack(ids, cfg.max_tokens):
+        result = score_batch(
+            params, cfg, batch.ids, batch.segments, batch.fill(types), batch.max_texts
+        )
+        logits[batch.text_indices] = np.asarray(result)[batch.rows, batch.slots]
+    return logits
+
+
+def check_ids(cfg: AnyConfig, texts: Sequence[Sequence[int]]) -> None:
     """Raise ValueError for an id outside the vocabulary, which a lookup would silently clamp."""
     for number, text in enumerate(texts):
         for id in text:
@@ -343,32 +521,56 @@ def check_ids(cfg: Config, texts: Sequence[Sequence[int]]) -> None:
                 )
 
 
-@partial(jax.jit, static_argnames="cfg")  # a nested jit, so that the layers are traced once
+# A nested jit, so that layers of the same shapes are traced once.
+@partial(jax.jit, static_argnames=("cfg", "window"))
 def _block(
-    x: jax.Array, layer: Layer, cfg: Config, segments: jax.Array
+    x: jax.Array,
+    layer: Layer,
+    cfg: Config,
+    segments: jax.Array,
+    angles: tuple[jax.Array, jax.Array] | None,
+    window: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Apply a block: attention, add, norm; MLP, add, norm.
+    """Apply a block: attention, add; MLP, add; each with a norm before it or after the addition.
 
     Returns its output [B, T, D] and its attention weights [B, N, T, T].
     """
     batch, length, width = x.shape
 
-    def project(p: Linear) -> jax.Array:
-        y = linear(x, p).reshape(batch, length, cfg.num_heads, cfg.head_dim)
+    def project(y: jax.Array, p: Linear, *, is_rotated: bool = True) -> jax.Array:
+        y = linear(y, p).reshape(batch, length, cfg.num_heads, cfg.head_dim)
+        if is_rotated and angles is not None:
+            y = kernels.rotate(y, *angles)
         return y.swapaxes(1, 2)  # [B, N, T, H]
 
+    def norm_input(y: jax.Array, p: Norm | None) -> jax.Array:
+        return norm(y, p, cfg.norm_eps) if cfg.pre_norm and p is not None else y
+
+    def norm_sum(y: jax.Array, p: Norm | None) -> jax.Array:
+        return y if cfg.pre_norm or p is None else norm(y, p, cfg.norm_eps)
+
     with jax.named_scope("attention"):
-        y, weights = attend(project(layer.q), project(layer.k), project(layer.v), segments)
+        y = norm_input(x, layer.attn_norm)
+        q, k = project(y, layer.q), project(y, layer.k)
+        v = project(y, layer.v, is_rotated=False)
+        y, weights = attend(q, k, v, segments, window)
         y = y.swapaxes(1, 2).reshape(batch, length, width)  # [B, T, D]
-        x = norm(x + linear(y, layer.out), layer.attn_norm, cfg.norm_eps)
+        x = norm_sum(x + linear(y, layer.out), layer.attn_norm)
     with jax.named_scope("mlp"):
-        y = linear(x, layer.up)  # [B, T, F]
-        y = 0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))  # GELU; jax.nn.gelu takes twice as long
-        return norm(x + linear(y, layer.down), layer.mlp_norm, cfg.norm_eps), weights
+        y = norm_input(x, layer.mlp_norm)
+        return norm_sum(x + linear(_mlp(y, layer, cfg), layer.down), layer.mlp_norm), weights
+
+
+def _mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
+    """Return the input of the MLP's last product, [B, T, D] -> [B, T, F]."""
+    if layer.gate is None:
+        return pooling.gelu(linear(y, layer.up))
+    gate = linear(y, layer.gate)
+    return (jax.nn.silu(gate) if cfg.mlp == "swiglu" else pooling.gelu(gate)) * linear(y, layer.up)
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Compute bidirectional softmax attention within segments.
 
@@ -380,14 +582,18 @@ def attend(
         k: Keys, float32 [B, N, T, H].
         v: Values, float32 [B, N, T, H].
         segments: Text number of each position, int32 [B, T].
+        window: How many positions to either side a query sees; None means all of its text.
 
     Returns:
         The attention output [B, N, T, H] and the attention weights [B, N, T, T].
     """
     q = q * q.shape[-1] ** -0.5
     scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
-    same_segment = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, S]
-    scores = jnp.where(same_segment, scores, -jnp.inf)
+    visible = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, S]
+    if window is not None:
+        column = jnp.arange(q.shape[2])
+        visible &= jnp.abs(column[:, None] - column) <= window
+    scores = jnp.where(visible, scores, -jnp.inf)
     exp_scores = jnp.exp(scores - scores.max(-1, keepdims=True))  # [B, N, T, S]
     total = exp_scores.sum(-1, keepdims=True)
     # Divide after the product: H numbers per query instead of S.
@@ -395,6 +601,6 @@ def attend(
     return out, exp_scores / total
 
 
-def num_bytes(params: Params) -> int:
+def num_bytes(params: AnyParams) -> int:
     """Return the size of the weights in bytes."""
     return sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -42,6 +42,17 @@ class PackedBatch:
         """Maximum number of texts in a row of this width."""
         return max_texts(self.ids.shape[1])
 
+    def fill(self, values: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return a value for each token, int32 [B, T], and 0 for padding.
+
+        Args:
+            values: For each text of the input, a value for each of its tokens.
+        """
+        filled = np.zeros_like(self.ids)
+        for text, row, slot in zip(self.text_indices, self.rows, self.slots, strict=True):
+            filled[row, self.segments[row] == slot + 1] = values[text]
+        return filled
+
 
 def max_texts(width: int) -> int:
     """Return the maximum number of texts in a row of `width` tokens."""

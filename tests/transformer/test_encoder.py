@@ -16,12 +16,14 @@ from tests.naming import naming
 from tests.transformer.conftest import INVALID_VALUES, randomize
 from transformer import encoder, packing
 from transformer.checkpoint import bert
-from transformer.encoder import Config
+from transformer.encoder import Config, HeadConfig
+from transformer.pooling import Dense
 
 pytestmark = pytest.mark.heavy
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "encoder"
 POOLINGS = ("mean", "cls")
+CFG = Config.debug()
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -108,7 +110,9 @@ def test_invalid_text_is_rejected() -> None:
     assert encoder.embed_all(params, cfg, []).shape == (0, 32)
 
 
-NUMBERS = [{"num_heads": 2}, {"norm_eps": 0.1}, {"pooling": "cls"}, {"normalize": False}]
+NUMBERS = [{"num_heads": 2}, {"norm_eps": 0.1}, {"normalize": False}, {"windows": (1, None)}]
+NUMBERS += [{"pooling": mode} for mode in ("cls", "max", "weightedmean", "lasttoken")]
+ROPE_NUMBERS = [{"rope_theta": 50.0}, {"local_rope_theta": 50.0}]
 SHAPES = [
     {"num_layers": 3},
     {"d_model": 40},
@@ -116,16 +120,25 @@ SHAPES = [
     {"vocab_size": 330},
     {"max_seq_len": 130},
     {"num_types": 3},
+    {"position_offset": 2},
+    {"position": "rope"},
+    {"mlp": "geglu"},
+    {"pre_norm": True},
+    {"attention_bias": False},
+    {"mlp_bias": False},
+    {"dense": (Dense(in_features=32, out_features=8),)},
+    {"head": HeadConfig(num_labels=1)},
 ]
 
 
-@pytest.mark.parametrize("change", NUMBERS, ids=str)
+@pytest.mark.parametrize("change", NUMBERS + ROPE_NUMBERS, ids=str)
 def test_changed_field_changes_embeddings(change: dict) -> None:
-    cfg = Config.debug()
+    cfg = Config.debug(position="rope", windows=(2, None)) if change in ROPE_NUMBERS else CFG
     params = randomize(encoder.init(jax.random.key(0), cfg))
     texts = [[1, 2, 3, 4], [5, 6, 7]]
-    before = encoder.embed_all(params, cfg, texts)
-    after = encoder.embed_all(params, dataclasses.replace(cfg, **change), texts)
+    with jax.disable_jit():
+        before = encoder.embed_all(params, cfg, texts)
+        after = encoder.embed_all(params, dataclasses.replace(cfg, **change), texts)
     assert np.abs(before - after).max() > 1e-3
 
 
@@ -139,7 +152,7 @@ def test_changed_size_changes_shapes(change: dict) -> None:
 
 def test_every_config_field_is_tested() -> None:
     """`max_tokens` is covered by the tests of packing and of invalid texts."""
-    wired = {name for change in NUMBERS + SHAPES for name in change} | {"max_tokens"}
+    wired = {name for change in NUMBERS + ROPE_NUMBERS + SHAPES for name in change} | {"max_tokens"}
     assert wired == {field.name for field in dataclasses.fields(Config)}
 
 
@@ -150,7 +163,11 @@ def test_every_config_field_is_tested() -> None:
         ({"num_heads": 5}, ["d_model", "num_heads", 32, 5]),
         ({"max_tokens": 129}, ["max_tokens", "max_seq_len", 129, 128]),
         ({"norm_eps": 0.0}, ["norm_eps", 0.0]),
-        ({"pooling": "max"}, ["pooling", "'mean'", "'cls'", "'max'"]),
+        ({"pooling": "sum"}, ["pooling", "'mean'", "'cls'", "'sum'"]),
+        ({"pooling": ()}, ["pooling", "()"]),
+        ({"position": "alibi"}, ["position", "'alibi'"]),
+        ({"rope_theta": -1.0}, ["rope_theta", -1.0]),
+        ({"dense": (Dense(in_features=8, out_features=8),)}, ["in_features", 32, 8]),
         ({"normalize": 1}, ["normalize", 1]),
     ],
 )
@@ -174,7 +191,7 @@ def test_to_hf_then_from_hf_returns_equal_config() -> None:
         ({"add_cross_attention": True}, True),
         ({"embedding_size": 16}, 16),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
-        ({"model_type": "xlm-roberta"}, "'xlm-roberta'"),
+        ({"model_type": "deberta-v2"}, "'deberta-v2'"),
         ({"position_embedding_type": "relative_key"}, "'relative_key'"),
         ({"partial_rotary_factor": 0.5}, 0.5),
         ({"hidden_size": None}, "config.json"),
@@ -293,15 +310,17 @@ def test_unsupported_module_or_pooling_is_rejected(tmp_path: Path) -> None:
     folder("mean", tmp_path)
     steps = json.loads((tmp_path / "modules.json").read_text())
     pooling = tmp_path / "1_Pooling" / "config.json"
-    pooling.write_text('{"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}')
-    with pytest.raises(ValueError, match=naming(pooling, "'max_tokens'", "'mean_tokens'")):
+    pooling.write_text('{"pooling_mode_mean_tokens": true, "pooling_mode_first_tokens": true}')
+    with pytest.raises(ValueError, match=naming(pooling, "'pooling_mode_first_tokens'")):
         bert.load(tmp_path)
     pooling.write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
     assert bert.load(tmp_path)[1].pooling == "cls"
-    steps[2]["type"] = "sentence_transformers.models.Dense"
+    pooling.write_text('{"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}')
+    assert bert.read_config(tmp_path).pooling == ("max", "mean")
+    steps[2]["type"] = "sentence_transformers.models.LayerNorm"
     (tmp_path / "modules.json").write_text(json.dumps(steps))
     with pytest.raises(
-        ValueError, match=naming("modules.json", "Transformer", "Pooling", "'Dense'")
+        ValueError, match=naming("modules.json", "Transformer", "Pooling", "'LayerNorm'")
     ):
         bert.load(tmp_path)
 

@@ -106,14 +106,7 @@ def read_header(path: Path) -> Header:
     if path.is_dir():
         metadata, tensors = safetensors.read(path, ignore=_IGNORED_TENSORS)
         cfg, scheme, architecture = families.from_hf(metadata), "hf", metadata["model_type"]
-        prefix = _PREFIXES.get(architecture, _PREFIX)
-        if not any(name.startswith(prefix) for name in tensors):  # as in GPT-2's first files
-            tensors = {
-                name if name in _HEADS else prefix + name: tensor
-                for name, tensor in tensors.items()
-            }
-        if architecture == "gpt_neox" and _HEADS[0] in tensors:  # its name in transformers 5
-            tensors[_HEADS[1]] = tensors.pop(_HEADS[0])
+        tensors = with_prefix(tensors, architecture)
     elif path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
         raise ValueError(
             f"{path}: pickled weights are never opened, because unpickling runs code from the "
@@ -132,6 +125,24 @@ def read_header(path: Path) -> Header:
         )
         scheme, architecture = "gguf", metadata["general.architecture"]
     return Header(metadata, tensors, cfg, scheme, architecture)
+
+
+def with_prefix(tensors: Mapping[str, LazyTensor], architecture: str) -> Mapping[str, LazyTensor]:
+    """Return the tensors of a Hugging Face folder with the names of a whole model of its type.
+
+    A model that was saved without its head has no prefix, as in GPT-2's first files. GPT-NeoX's
+    head has two names: transformers 5 writes the one of other families.
+    """
+    prefix = _PREFIXES.get(architecture, _PREFIX)
+    if not any(name.startswith(prefix) for name in tensors):
+        tensors = {
+            name if name in _HEADS else prefix + name: tensor for name, tensor in tensors.items()
+        }
+    if architecture == "gpt_neox" and _HEADS[0] in tensors:
+        tensors = {
+            _HEADS[1] if name == _HEADS[0] else name: tensor for name, tensor in tensors.items()
+        }
+    return tensors
 
 
 def check_tensors(path: Path, header: Header) -> None:

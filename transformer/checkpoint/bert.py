@@ -1,13 +1,13 @@
-"""Loading and saving of BERT encoders, in the formats of Hugging Face and sentence-transformers.
+"""Loading and saving of encoders, in the formats of Hugging Face, sentence-transformers and GGUF.
 
-A sentence-transformers folder is a Hugging Face folder with a list of modules: `modules.json`
-(transformer, pooling, optionally normalization), `1_Pooling/config.json`, and
-`sentence_bert_config.json` with the maximum input length. A folder without `modules.json` is a bare
-BERT without a defined pooling, so the caller must specify it.
+A sentence-transformers folder is a Hugging Face folder with a list of modules
+(`sentence_transformers.py`). A folder without `modules.json` is a bare encoder without a defined
+pooling, so the caller must specify it. The architecture `...ForSequenceClassification` is a
+cross-encoder, whose pooling is a part of its head. `encoder_families.py` lists the families.
 
 Loading is strict, as for decoders. Three kinds of tensors are ignored: the pooler (a linear map of
-the first token's vector, from pretraining), the pretraining heads (`cls.`), and the position ids.
-The tensor names of a model saved with a pretraining head have the prefix `bert.`. The first files
+the first token's vector, from pretraining), the pretraining heads, and the position ids. The tensor
+names of a model saved with a head have a prefix ("bert.", "roberta.", "model."). The first files
 name the scale and bias of a norm gamma and beta.
 """
 
@@ -15,39 +15,62 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.checkpoint import safetensors
+from transformer import config_keys, encoder_families
+from transformer.checkpoint import gguf, safetensors, sentence_transformers
+from transformer.checkpoint.encoder_names import tensor_sources
 from transformer.checkpoint.gguf import LazyTensor
-from transformer.encoder import Config, Layer, Params, abstract
-from transformer.weights import Linear, Norm
+from transformer.checkpoint.names import TensorSource, rows_per_tensor
+from transformer.encoder import Config, HeadConfig, Params, abstract
+from transformer.pooling import as_modes
 
 _UNUSED = ("pooler.dense.weight", "pooler.dense.bias")
-_PRETRAINING_HEADS = ("cls.predictions.", "cls.seq_relationship.")
-_IGNORED_TENSORS = ("embeddings.position_ids",)  # 0, 1, 2, ...
+_PRETRAINING_HEADS = ("cls.predictions.", "cls.seq_relationship.", "lm_head.")
+# The masked language models of ModernBERT and nomic; a cross-encoder's head has other names.
+_MASKED_HEADS = ("head.dense.", "head.norm.", "decoder.", "cls.")
+_PREFIXES = ("bert.", "roberta.", "model.", "nomic_bert.")
+_IGNORED_TENSORS = ("embeddings.position_ids", "rotary_emb.inv_freq")  # follow from the config
 _DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 
 
+class Header(NamedTuple):
+    """Content of the files of an encoder, except the data of the weights.
+
+    Attributes:
+        cfg: Config of the encoder.
+        scheme: Naming scheme of the tensors, see `encoder_names.py`.
+        folder: Folder of the transformer, or the GGUF file.
+        modules: The modules of a sentence-transformers folder, or None.
+    """
+
+    cfg: Config
+    scheme: str
+    folder: Path
+    modules: sentence_transformers.Modules | None = None
+
+
 def load(
-    folder: Path,
+    path: Path,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    pooling: Literal["mean", "cls"] | None = None,
+    pooling: str | tuple[str, ...] | None = None,
     normalize: bool | None = None,
 ) -> tuple[Params, Config]:
-    """Load an encoder from a sentence-transformers or Hugging Face folder.
+    """Load an encoder from a sentence-transformers or Hugging Face folder, or a GGUF file.
 
     Args:
-        folder: The folder.
+        path: The folder or file.
         dtype: Dtype of the token embedding and of the weights of linear maps; the rest stays
             float32.
-        pooling: Pooling of the token vectors; None means the setting of the folder.
-        normalize: Whether embeddings are scaled to length 1; None means the setting of the folder.
+        pooling: Pooling of the token vectors; None means the setting of the files.
+        normalize: Whether embeddings are scaled to length 1; None means the setting of the files.
 
     Returns:
         The weights and the config.
@@ -55,47 +78,120 @@ def load(
     Raises:
         FileNotFoundError: A file does not exist.
         ValueError: A file is damaged or a pickle, a key, tensor, module or shape is not supported,
-            or neither the folder nor the caller specifies the pooling.
+            or neither the files nor the caller specify the pooling.
     """
-    folder = Path(folder)
+    path = Path(path)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    cfg = read_config(folder, pooling=pooling, normalize=normalize)
-    _, tensors = safetensors.read(folder, ignore=_IGNORED_TENSORS)
-    return _build_params(_with_current_names(tensors), cfg, folder, _DTYPES[dtype]), cfg
+    header = read_header(path, pooling=pooling, normalize=normalize)
+    if path.is_dir():
+        _, tensors = safetensors.read(header.folder, ignore=_IGNORED_TENSORS)
+        tensors = _with_current_names(tensors, is_cross_encoder=header.cfg.head is not None)
+        if header.modules is not None:
+            tensors |= sentence_transformers.read_dense_tensors(header.modules.dense_folders)
+    else:
+        _, tensors = gguf.read(path)
+    return _build_params(tensors, header, _DTYPES[dtype]), header.cfg
 
 
 def is_bert(folder: Path) -> bool:
-    """Whether the model_type of a Hugging Face folder is bert."""
-    return safetensors.read_json_object(folder / "config.json").get("model_type") == "bert"
+    """Whether the model_type of a Hugging Face folder is that of an encoder."""
+    folder = sentence_transformers.transformer_folder(folder)
+    kind = safetensors.read_json_object(folder / "config.json").get("model_type")
+    return isinstance(kind, str) and kind in encoder_families.FAMILIES
+
+
+def is_cross_encoder(folder: Path) -> bool:
+    """Whether a Hugging Face folder is an encoder with a head for sequence classification."""
+    config = safetensors.read_json_object(folder / "config.json")
+    return is_bert(folder) and _has_head(config)
 
 
 def read_config(
-    folder: Path,
+    path: Path,
     *,
-    pooling: Literal["mean", "cls"] | None = None,
+    pooling: str | tuple[str, ...] | None = None,
     normalize: bool | None = None,
 ) -> Config:
     """Return the config that `load` returns, without reading weights; raises as `load`."""
-    if (folder / "modules.json").exists():
-        file_pooling, file_normalize = _read_modules(folder)
-        pooling = file_pooling if pooling is None else pooling
-        normalize = file_normalize if normalize is None else normalize
+    return read_header(Path(path), pooling=pooling, normalize=normalize).cfg
+
+
+def read_header(
+    path: Path,
+    *,
+    pooling: str | tuple[str, ...] | None = None,
+    normalize: bool | None = None,
+) -> Header:
+    """Read everything but the weights; the arguments and errors are those of `load`."""
+    if not path.is_dir():
+        return _read_gguf_header(path, pooling, normalize)
+    folder = sentence_transformers.transformer_folder(path)
+    config = safetensors.read_json_object(folder / "config.json")
+    if _has_head(config):
+        return _read_cross_encoder_header(folder, config)
+    modules = sentence_transformers.read(path) if sentence_transformers.has_modules(path) else None
+    if modules is not None:
+        pooling = modules.pooling if pooling is None else pooling
+        normalize = modules.normalize if normalize is None else normalize
     elif pooling is None or normalize is None:
         raise ValueError(
-            f"{folder}: has no modules.json, which defines the pooling; pass pooling ('mean' or "
+            f"{path}: has no modules.json, which defines the pooling; pass pooling ('mean' or "
             "'cls') and normalize (True or False)"
         )
-    return Config.from_hf(
-        safetensors.read_json_object(folder / "config.json"),
-        max_tokens=_read_max_tokens(folder),
+    cfg = Config.from_hf(
+        config,
         pooling=pooling,
         normalize=normalize,
+        dense=() if modules is None else modules.dense,
+    )
+    max_tokens, _ = sentence_transformers.read_transformer_settings(folder)
+    return Header(_with_max_tokens(cfg, max_tokens), config["model_type"], folder, modules)
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    names = config.get("architectures")
+    return (
+        isinstance(names, list)
+        and len(names) == 1
+        and str(names[0]).endswith("ForSequenceClassification")
     )
 
 
+def _read_cross_encoder_header(folder: Path, config: Mapping[str, Any]) -> Header:
+    fields, pooling = encoder_families.head_fields(config)
+    cfg = replace(
+        Config.from_hf(config, pooling=pooling, normalize=False), head=HeadConfig(**fields)
+    )
+    max_tokens, _ = sentence_transformers.read_transformer_settings(folder)
+    return Header(_with_max_tokens(cfg, max_tokens), config["model_type"], folder)
+
+
+def _read_gguf_header(
+    path: Path, pooling: str | tuple[str, ...] | None, normalize: bool | None
+) -> Header:
+    metadata, tensors = gguf.read(path)
+    file_pooling = encoder_families.gguf_pooling(metadata) or "mean"
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    fields, rest = encoder_families.fields_from_gguf(metadata, shapes)
+    cfg = Config(
+        **fields,
+        max_tokens=fields["max_seq_len"],
+        pooling=file_pooling if pooling is None else pooling,
+        normalize=True if normalize is None else normalize,  # no key says so; llama.cpp does it
+    )
+    kind = metadata["general.architecture"]
+    config_keys.check_gguf(rest, cfg, kind)
+    return Header(cfg, f"gguf.{kind}", path)
+
+
+def _with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
+    # A tokenizer may allow more tokens than the model has positions.
+    return cfg if max_tokens is None else replace(cfg, max_tokens=min(max_tokens, cfg.max_seq_len))
+
+
 def save(folder: Path, params: Params, cfg: Config) -> None:
-    """Save float32 or bfloat16 weights as a sentence-transformers folder.
+    """Save a BERT with float32 or bfloat16 weights as a sentence-transformers folder.
 
     The tokenizer files are not written; sentence-transformers needs them in the same folder.
 
@@ -103,24 +199,31 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
         folder: Folder to write to; it is created if it does not exist.
         params: Weights of the encoder.
         cfg: Config of the encoder.
+
+    Raises:
+        ValueError: The encoder is not a BERT.
     """
     folder = Path(folder)
+    config = cfg.to_hf()
+    sources = jax.tree.leaves(tensor_sources(cfg, "bert", ()))
     tensors = {
-        name: np.asarray(leaf)
-        for name, leaf in zip(jax.tree.leaves(_names(cfg)), jax.tree.leaves(params), strict=True)
+        source.name: np.asarray(leaf)
+        for source, leaf in zip(sources, jax.tree.leaves(params), strict=True)
     }
-    safetensors.write(folder, cfg.to_hf(), tensors)
+    safetensors.write(folder, config, tensors)
     steps = [("", "Transformer"), ("1_Pooling", "Pooling")]
     steps += [("2_Normalize", "Normalize")] * cfg.normalize
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(steps)
     ]
-    pooling = {
-        "word_embedding_dimension": cfg.d_model,
-        "pooling_mode_cls_token": cfg.pooling == "cls",
-        "pooling_mode_mean_tokens": cfg.pooling == "mean",
-    }
+    modes = as_modes(cfg.pooling)
+    pooling: dict[str, Any] = {"word_embedding_dimension": cfg.d_model}
+    if modes in (("cls",), ("mean",)):  # the keys that every version reads
+        pooling["pooling_mode_cls_token"] = modes == ("cls",)
+        pooling["pooling_mode_mean_tokens"] = modes == ("mean",)
+    else:
+        pooling["pooling_mode"] = list(modes)
     (folder / "1_Pooling").mkdir(exist_ok=True)
     for path, value in (
         ("modules.json", modules),
@@ -130,128 +233,52 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
         (folder / path).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def _names(cfg: Config) -> Params:
-    """Return the tree of `Params` with the name of a tensor at each leaf."""
-    leaf: Any = str  # takes the place of an array in the tree
-
-    def linear(name: str) -> Linear:
-        return Linear(weight=leaf(f"{name}.weight"), bias=leaf(f"{name}.bias"))
-
-    def norm(name: str) -> Norm:
-        return Norm(scale=leaf(f"{name}.LayerNorm.weight"), bias=leaf(f"{name}.LayerNorm.bias"))
-
-    def layer(name: str) -> Layer:
-        return Layer(
-            q=linear(f"{name}.attention.self.query"),
-            k=linear(f"{name}.attention.self.key"),
-            v=linear(f"{name}.attention.self.value"),
-            out=linear(f"{name}.attention.output.dense"),
-            attn_norm=norm(f"{name}.attention.output"),
-            up=linear(f"{name}.intermediate.dense"),
-            down=linear(f"{name}.output.dense"),
-            mlp_norm=norm(f"{name}.output"),
-        )
-
-    return Params(
-        embed=Linear(weight=leaf("embeddings.word_embeddings.weight")),
-        positions=leaf("embeddings.position_embeddings.weight"),
-        token_types=leaf("embeddings.token_type_embeddings.weight"),
-        embed_norm=norm("embeddings"),
-        layers=tuple(layer(f"encoder.layer.{i}") for i in range(cfg.num_layers)),
-    )
-
-
-def _with_current_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def _with_current_names(
+    tensors: Mapping[str, LazyTensor], *, is_cross_encoder: bool
+) -> dict[str, LazyTensor]:
     """Return the tensors by their current names, without pretraining heads."""
+    unused = _PRETRAINING_HEADS if is_cross_encoder else (*_PRETRAINING_HEADS, *_MASKED_HEADS)
     renamed = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("bert.")
+        if name.startswith(unused):
+            continue
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+        name = name.removeprefix(prefix)
         for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
             if name.endswith(f"LayerNorm{old}"):
                 name = name.removesuffix(old) + new
-        if not name.startswith(_PRETRAINING_HEADS):
-            renamed[name] = tensor
+        renamed[name] = tensor
     return renamed
 
 
-def _build_params(
-    tensors: Mapping[str, LazyTensor], cfg: Config, folder: Path, dtype: Any
-) -> Params:
+def _build_params(tensors: Mapping[str, LazyTensor], header: Header, dtype: Any) -> Params:
+    cfg, path = header.cfg, header.folder
     if cfg.num_layers > len(tensors):  # checked before a tree of so many layers is built
+        raise ValueError(f"{path}: {len(tensors)} tensors are too few for {cfg.num_layers} layers")
+    sources, infos = tensor_sources(cfg, header.scheme, tensors.keys()), abstract(cfg)
+    num_rows = rows_per_tensor(sources, infos)
+    num_rows.pop("", None)  # biases that are zero
+    names = tensors.keys() - ({*_UNUSED} - num_rows.keys())
+    if missing := sorted(num_rows.keys() - names):
+        raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
+    if unknown := sorted(names - num_rows.keys()):
         raise ValueError(
-            f"{folder}: {len(tensors)} tensors are too few for {cfg.num_layers} layers"
-        )
-    names, infos = _names(cfg), abstract(cfg)
-    expected, actual = set(jax.tree.leaves(names)), tensors.keys() - set(_UNUSED)
-    if missing := sorted(expected - actual):
-        raise ValueError(f"{folder}: missing tensors: {_first_names(missing)}")
-    if unknown := sorted(actual - expected):
-        raise ValueError(
-            f"{folder}: tensors that are not part of this model: {_first_names(unknown)}"
+            f"{path}: tensors that are not part of this model: {_first_names(unknown)}"
         )
 
-    def read(key_path: tuple[Any, ...], name: str, info: Any) -> jax.Array:
-        tensor = tensors[name]
-        if tensor.shape != info.shape:
-            raise ValueError(f"{folder}: {name} must have shape {info.shape}, got {tensor.shape}")
+    def read(key_path: tuple[Any, ...], source: TensorSource, info: Any) -> jax.Array:
+        if not source.name:
+            return jnp.zeros(info.shape, np.float32)
+        tensor, expected = tensors[source.name], (num_rows[source.name], *info.shape[1:])
+        if tensor.shape != expected:
+            raise ValueError(
+                f"{path}: {source.name} must have shape {expected}, got {tensor.shape}"
+            )
         is_matrix = key_path[-1].name == "weight"  # of a Linear
-        return jnp.asarray(tensor.read(0, info.shape[0]), dtype if is_matrix else np.float32)
+        rows = tensor.read(source.first_row, source.first_row + info.shape[0])
+        return jnp.asarray(rows, dtype if is_matrix else np.float32)
 
-    return jax.tree_util.tree_map_with_path(read, names, infos)
-
-
-def _read_modules(folder: Path) -> tuple[Literal["mean", "cls"], bool]:
-    """Return the pooling and whether embeddings are normalized, from the list of modules."""
-    path = folder / "modules.json"
-    try:
-        modules = json.loads(path.read_text("utf-8"))
-        kinds = [module["type"].rpartition(".")[2] for module in modules]
-        paths = [module["path"] for module in modules]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: must be a list of modules with type and path") from error
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise ValueError(
-            f"{path}: the modules must be Transformer, Pooling and optionally Normalize, "
-            f"got {kinds}"
-        )
-    if paths[:2] != ["", "1_Pooling"]:
-        raise ValueError(
-            f"{path}: the paths of the first two modules must be '' and '1_Pooling', "
-            f"got {paths[:2]}"
-        )
-    return _read_pooling(folder / paths[1] / "config.json"), len(kinds) == 3
-
-
-def _read_pooling(path: Path) -> Literal["mean", "cls"]:
-    """Return the pooling of a config file in the old or the new format."""
-    value = safetensors.read_json_object(path)
-    modes = {key.removeprefix("pooling_mode_") for key, on in value.items()
-             if key.startswith("pooling_mode_") and on}  # fmt: skip
-    if "pooling_mode" in value:
-        modes |= {str(value["pooling_mode"])}
-    known: dict[str, Literal["mean", "cls"]] = {
-        "mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"
-    }  # fmt: skip
-    if len(modes) != 1 or not modes <= known.keys():
-        raise ValueError(f"{path}: pooling must be either mean or cls, got {sorted(modes)}")
-    return known[modes.pop()]
-
-
-def _read_max_tokens(folder: Path) -> int | None:
-    """Return the maximum input length in tokens, or None if no file has one."""
-    for name, key in (
-        ("sentence_bert_config.json", "max_seq_length"),
-        ("tokenizer_config.json", "model_max_length"),
-    ):
-        path = folder / name
-        value = safetensors.read_json_object(path).get(key) if path.exists() else None
-        # Tokenizers without a limit have a placeholder of thirty digits.
-        if value is None or (isinstance(value, int | float) and value >= 2**31):
-            continue
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: {key} must be a positive integer, got {value!r}")
-        return value
-    return None
+    return jax.tree_util.tree_map_with_path(read, sources, infos)
 
 
 def _first_names(names: list[str]) -> str:

@@ -89,6 +89,17 @@ class _Reader:
         return np.frombuffer(self.take(count * dtype.itemsize, item), dtype).tolist()
 
 
+def _open(path: Path) -> _Reader:
+    """Return a reader of a GGUF file after its first four bytes."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path}: not a GGUF file, because it does not start with 'GGUF'")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header = _Reader(data, path)
+    header.take(4, "magic")
+    return header
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Read the header of a GGUF file; tensors are read lazily from the mapped file.
 
@@ -104,12 +115,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """
     import gguf  # imported here because it is slow to import
 
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file, because it does not start with 'GGUF'")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header = _Reader(data, path)
-    header.take(4, "magic")
+    header = _open(path)
     if (version := header.number("<I", "version")) not in (2, 3):
         raise ValueError(f"{path}: GGUF version must be 2 or 3, got {version}")
     num_tensors = header.count("tensors", 24)
@@ -152,9 +158,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
             )
         row_bytes = shape[-1] // block * block_bytes
         num_rows = int(np.prod(shape[:-1], dtype=object))
-        if offset % alignment or start + offset + num_rows * row_bytes > len(data):
+        if offset % alignment or start + offset + num_rows * row_bytes > len(header.data):
             raise ValueError(f"{path}: truncated or damaged: {name!r} exceeds the file")
-        raw = np.frombuffer(data, np.uint8, num_rows * row_bytes, start + offset)
+        raw = np.frombuffer(header.data, np.uint8, num_rows * row_bytes, start + offset)
         if len(shape) > 3:
             raise ValueError(
                 f"{path}: a tensor of a decoder has 1 to 3 axes, but {name!r} has {len(shape)}"
@@ -163,6 +169,25 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
             shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantization), path
         )
     return metadata, tensors
+
+
+def read_metadata_head(path: Path) -> dict[str, Any]:
+    """Return the keys of a GGUF file that come before those of its tokenizer, which is large.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not a GGUF file, or is damaged.
+    """
+    header = _open(path)
+    header.take(4, "version")
+    header.count("tensors", 24)
+    metadata: dict[str, Any] = {}
+    for _ in range(header.count("metadata keys", 13)):
+        key = header.string("key").decode("utf-8", "replace")
+        if key.startswith("tokenizer."):
+            break
+        metadata[key] = header.value(header.number("<I", key), key)
+    return metadata
 
 
 def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -246,7 +246,7 @@ def tensors_of(
         yield replace(source, name=source.name.replace("{e}", str(e))), shape[1:]
 
 
-def rows_per_tensor(tree: Params, shapes: Params) -> dict[str, int]:
+def rows_per_tensor(tree: Any, shapes: Any) -> dict[str, int]:
     """Return the number of rows of each tensor: the sum over the weights stored in it.
 
     Args:

@@ -1,4 +1,4 @@
-"""Make the golden files of the encoder: tiny random BERTs, and MiniLM's embeddings of 200 texts.
+"""Make the golden files of the encoders: tiny random ones, and MiniLM's embeddings of 200 texts.
 
     python make_encoder.py MINILM_FOLDER
 
@@ -11,6 +11,10 @@ all-minilm-l6-v2` downloads. It writes next to this file:
         attention [L, 3, N, 16, 16] attention weights
         vectors [3, D]             embedding of each row
         versions                   software versions
+    FAMILY/              a tiny random encoder of each other family of `EMBEDDERS`, with modules;
+                         golden.npz has the same arrays
+    cross-FAMILY/        a tiny random cross-encoder of `CROSS_ENCODERS`; golden.npz has types
+                         [3, 16], token types, and logits [3, labels] instead of vectors
     texts.json           200 texts: empty, long, many scripts, code, emoji, noise
     minilm.npz           vectors [200, 384], float16 (half a thousandth of an element; the cosine
                          moves by less than 1e-7), and versions
@@ -139,6 +143,150 @@ def make_tiny(pooling: str) -> None:
     )
 
 
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+             num_attention_heads=2, max_position_embeddings=40)  # fmt: skip
+ROBERTA = SIZES | dict(max_position_embeddings=42, pad_token_id=1)
+MODERN = SIZES | dict(num_hidden_layers=4, local_attention=6, pad_token_id=0, bos_token_id=1,
+                      eos_token_id=2, cls_token_id=1, sep_token_id=2)  # fmt: skip
+DECODER = SIZES | dict(num_key_value_heads=1, head_dim=8, pad_token_id=0)
+# Each: its config, its poolings, its dense layers (in, out, bias, activation), Normalize or not.
+EMBEDDERS = {
+    "roberta": (
+        transformers.RobertaConfig(**ROBERTA),
+        ("cls", "max", "mean_sqrt_len_tokens"),
+        [(48, 12, True, torch.nn.Tanh())],
+        False,
+    ),
+    "xlm-roberta": (
+        transformers.XLMRobertaConfig(**ROBERTA, type_vocab_size=1),
+        ("mean", "weightedmean", "lasttoken"),
+        [],
+        True,
+    ),
+    "nomic": (transformers.NomicBertConfig(**SIZES), ("mean",), [], True),
+    "modernbert": (transformers.ModernBertConfig(**MODERN), ("cls",), [], True),
+    "modernbert-biases": (
+        transformers.ModernBertConfig(
+            **MODERN, norm_bias=True, attention_bias=True, mlp_bias=True, hidden_activation="silu"
+        ),
+        ("mean",),
+        [(16, 8, False, torch.nn.GELU())],
+        True,
+    ),
+    "qwen3": (transformers.Qwen3Config(**DECODER), ("lasttoken",), [], True),
+    "gemma3": (  # EmbeddingGemma
+        transformers.Gemma3TextConfig(
+            **DECODER | dict(num_hidden_layers=3),
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            sliding_window_pattern=2,
+            use_bidirectional_attention=True,
+        ),
+        ("mean",),
+        [(16, 24, False, torch.nn.Identity()), (24, 16, False, torch.nn.Identity())],
+        True,
+    ),
+}
+CROSS_ENCODERS = {
+    "cross-bert": transformers.BertConfig(**SIZES, num_labels=1),
+    "cross-roberta": transformers.RobertaConfig(**ROBERTA, num_labels=3),
+    "cross-modernbert": transformers.ModernBertConfig(
+        **MODERN, num_labels=2, classifier_pooling="mean"
+    ),
+}
+KEPT = {"config.json", "model.safetensors", "modules.json", "sentence_bert_config.json"}
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Give every weight a random value: the scales of norms about 1, the others about 0."""
+    for key, parameter in model.named_parameters():
+        is_scale = parameter.ndim == 1 and key.endswith("weight")
+        is_shifted = "Gemma" in type(model).__name__  # its scale is 1 + weight
+        parameter.normal_(1.0 if is_scale and not is_shifted else 0.0, 0.2)
+
+
+def inputs(padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask of three texts of 16, 9 and 2 tokens."""
+    ids = torch.randint(3, 64, (3, 16))
+    mask = torch.ones(3, 16, dtype=torch.long)
+    mask[1, 9:] = 0
+    mask[2, 2:] = 0
+    return ids.masked_fill(mask == 0, padding), mask
+
+
+def save_golden(folder: Path, out, **arrays: torch.Tensor) -> None:
+    np.savez_compressed(
+        folder / "golden.npz",
+        residual=torch.stack(out.hidden_states).numpy(),
+        attention=torch.stack(out.attentions).numpy(),
+        versions=versions(),
+        **{
+            name: array.numpy().astype(np.float32 if array.is_floating_point() else np.int32)
+            for name, array in arrays.items()
+        },
+    )
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with a word for each id; sentence-transformers needs one."""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *(f"w{i}" for i in range(59))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+
+
+@torch.inference_mode()
+def make_embedder(name: str) -> None:
+    config, poolings, dense, is_normalized = EMBEDDERS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    randomize(model)
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    body = models.Transformer(str(folder), model_kwargs={"attn_implementation": "eager"})
+    body.max_seq_length = 32
+    steps = [body, models.Pooling(config.hidden_size, pooling_mode=poolings)]
+    for inner, outer, bias, activation in dense:
+        steps.append(models.Dense(inner, outer, bias=bias, activation_function=activation))
+        randomize(steps[-1])
+    whole = SentenceTransformer(
+        modules=steps + [models.Normalize()] * is_normalized, device="cpu"
+    ).eval()
+    shutil.rmtree(folder)
+    whole.save(str(folder), create_model_card=False)
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in KEPT:
+            file.unlink()
+    ids, mask = inputs(config.pad_token_id)
+    out = model(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True)
+    vectors = whole({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+    save_golden(folder, out, ids=ids, mask=mask, vectors=vectors, last=out.last_hidden_state)
+
+
+@torch.inference_mode()
+def make_cross_encoder(name: str) -> None:
+    config = CROSS_ENCODERS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    randomize(model)
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    ids, mask = inputs(config.pad_token_id)
+    types = torch.zeros_like(ids)
+    extra = {}
+    if config.model_type == "bert":
+        types[:, 1:] = mask[:, 1:]
+        extra["token_type_ids"] = types
+    out = model(
+        ids, attention_mask=mask, output_hidden_states=True, output_attentions=True, **extra
+    )
+    save_golden(folder, out, ids=ids, mask=mask, types=types, logits=out.logits)
+
+
 def versions() -> str:
     """Return the versions of the software that made a golden file."""
     names = ("numpy", "torch", "transformers", "sentence-transformers")
@@ -149,6 +297,10 @@ def versions() -> str:
 if __name__ == "__main__":
     for pooling in ("mean", "cls"):
         make_tiny(pooling)
+    for name in EMBEDDERS:
+        make_embedder(name)
+    for name in CROSS_ENCODERS:
+        make_cross_encoder(name)
     written = texts()
     lines = json.dumps(written, ensure_ascii=False, indent=0) + "\n"
     (HERE / "texts.json").write_text(lines, "utf-8")
