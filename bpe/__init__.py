@@ -15,6 +15,7 @@ merges are learned), `vocab` and `encoding` (the complete tokenizer). Then `open
 """
 
 from bpe.chat import ChatTemplate
+from bpe.encoder_tokenizer import EncoderTokenizer, load_encoder_tokenizer
 from bpe.encoding import Encoding
 from bpe.formats import (
     Tokenizer,
@@ -37,6 +38,7 @@ from bpe.wordpiece import WordPiece
 
 __all__ = [
     "ChatTemplate",
+    "EncoderTokenizer",
     "Encoding",
     "StopMatcher",
     "StreamDecoder",
@@ -52,5 +54,6 @@ __all__ = [
     "get_encoding",
     "list_encoding_names",
     "load",
+    "load_encoder_tokenizer",
     "load_wordpiece",
 ]

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
+from bpe.post_processor import bert_processor
 from bpe.special_tokens import special_token_regex
 
 _CACHE_WORDS = 1 << 16  # a full cache is cleared
@@ -142,8 +143,9 @@ class WordPiece:
             ValueError: if `max_length` is too small for [CLS] and [SEP].
         """
         ids = self._encode_text(text, allowed_special)
-        ids = ids[: _max_text_length(max_length, 2 if add_special_tokens else 0)]
-        return [self.cls_id, *ids, self.sep_id] if add_special_tokens else ids
+        if not add_special_tokens:
+            return ids[:max_length]
+        return bert_processor(self.cls_id, self.sep_id).process(ids, max_length)
 
     def encode_pair(
         self,
@@ -171,15 +173,7 @@ class WordPiece:
             ValueError: if `max_length` is too small for the three special tokens.
         """
         a, b = self._encode_text(first, allowed_special), self._encode_text(second, allowed_special)
-        limit = _max_text_length(max_length, 3)
-        if limit is not None and len(a) + len(b) > limit:
-            shorter = min(len(a), len(b), limit // 2)
-            if len(a) <= len(b):
-                a, b = a[:shorter], b[: limit - shorter]
-            else:
-                a, b = a[: limit - shorter], b[:shorter]
-        ids = [self.cls_id, *a, self.sep_id, *b, self.sep_id]
-        return ids, [0] * (len(a) + 2) + [1] * (len(b) + 1)
+        return bert_processor(self.cls_id, self.sep_id).process_pair(a, b, max_length)
 
     def encode_batch(
         self,
@@ -302,14 +296,6 @@ class WordPiece:
             else:
                 words.append(token)
         return " ".join(words)
-
-
-def _max_text_length(max_length: int | None, num_special: int) -> int | None:
-    if max_length is not None and max_length < num_special:
-        raise ValueError(
-            f"max_length={max_length} is less than the number of special tokens, {num_special}"
-        )
-    return None if max_length is None else max_length - num_special
 
 
 # Characters

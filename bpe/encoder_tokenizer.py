@@ -1,0 +1,245 @@
+"""The tokenizer of an encoder: any vocabulary, and the special tokens of its post-processor.
+
+tokenizer = bpe.load_encoder_tokenizer(folder)
+ids = tokenizer.encode("hello world")                    # with [CLS] and [SEP], or their like
+ids, types = tokenizer.encode_pair("question", "document")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bpe import formats
+from bpe.formats.checks import read_json
+from bpe.formats.gguf import read_gguf_metadata
+from bpe.formats.post_processor import read_post_processor
+from bpe.post_processor import PostProcessor, Slot, bert_processor
+from bpe.special_tokens import special_token_regex
+from bpe.wordpiece import WordPiece
+
+
+class EncoderTokenizer:
+    """Text to token ids with special tokens.
+
+    Attributes:
+        post_processor: the special tokens around a text and a pair.
+        special_tokens: text to id of the special tokens, which are matched in texts.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        post_processor: PostProcessor,
+        *,
+        num_ids: int,
+        special_tokens: Mapping[str, int],
+        lowercase: bool = False,
+    ):
+        """Create a tokenizer.
+
+        Args:
+            encode: converts a text to ids without special tokens around it.
+            post_processor: the special tokens around a text and a pair.
+            num_ids: one more than the highest id.
+            special_tokens: text to id of the special tokens.
+            lowercase: whether to convert texts to lower case first, except special tokens.
+        """
+        self._encode, self._num_ids, self._lowercase = encode, num_ids, lowercase
+        self.post_processor, self.special_tokens = post_processor, dict(special_tokens)
+
+    def __len__(self) -> int:
+        """Return one more than the highest id."""
+        return self._num_ids
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Return the special tokens before a text."""
+        return self.post_processor.prefix
+
+    @property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """Return the special tokens after a text."""
+        return self.post_processor.suffix
+
+    def encode(
+        self, text: str, *, max_length: int | None = None, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Encode one text.
+
+        Args:
+            text: the text.
+            max_length: the maximum number of ids, special tokens included; the end of a longer text
+                is cut off.
+            add_special_tokens: whether to add special tokens around the text.
+
+        Raises:
+            ValueError: if `max_length` is too small for the special tokens.
+        """
+        ids = self._encode(self._lower(text) if self._lowercase else text)
+        if not add_special_tokens:
+            return ids[:max_length]
+        return self.post_processor.process(ids, max_length)
+
+    def encode_pair(
+        self, first: str, second: str, *, max_length: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Encode a pair of texts; return the ids, and the type of each.
+
+        Args:
+            first: the first text.
+            second: the second text.
+            max_length: as in `PostProcessor.process_pair`.
+
+        Raises:
+            ValueError: if `max_length` is too small for the special tokens.
+        """
+        parts = [self.encode(text, add_special_tokens=False) for text in (first, second)]
+        return self.post_processor.process_pair(parts[0], parts[1], max_length)
+
+    def encode_batch(
+        self, texts: Iterable[str], *, max_length: int | None = None
+    ) -> list[list[int]]:
+        """Encode each text as `encode` does, without padding."""
+        return [self.encode(text, max_length=max_length) for text in texts]
+
+    def _lower(self, text: str) -> str:
+        """Convert to lower case one character at a time, as `tokenizers` does."""
+        if not self.special_tokens:
+            return "".join(map(str.lower, text))
+        # The group in the pattern makes `split` return the special tokens at odd indices.
+        parts = special_token_regex(frozenset(self.special_tokens)).split(text)
+        return "".join(
+            part if i % 2 else "".join(map(str.lower, part)) for i, part in enumerate(parts)
+        )
+
+
+def load_encoder_tokenizer(path: str | Path, *, lowercase: bool = False) -> EncoderTokenizer:
+    """Read the tokenizer of an encoder.
+
+    Args:
+        path: a Hugging Face folder (`tokenizer.json`, or the `vocab.txt` of a BERT), or a GGUF
+            file.
+        lowercase: whether to convert texts to lower case first.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer.
+        ValueError: if a file is damaged or has an unsupported setting.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _from_gguf(path, lowercase)
+    file = path / "tokenizer.json"
+    if not file.exists() and (path / "vocab.txt").exists():
+        return _from_wordpiece(formats.load_wordpiece(path), lowercase)
+    if not file.exists():
+        tokenizer = formats.load(path)
+        return _from_tokenizer(tokenizer, _bos_and_eos(tokenizer), lowercase)
+    spec = read_json(file)
+    if isinstance(spec.get("model"), dict) and spec["model"].get("type") == "WordPiece":
+        return _from_wordpiece(formats.load_wordpiece(path), lowercase)
+    tokenizer = formats.load(path)
+    where, special = f"{file}: post_processor", tokenizer.encoding.special_tokens
+    processor = read_post_processor(spec.get("post_processor"), where, special)
+    return _from_tokenizer(tokenizer, processor, lowercase)
+
+
+def _from_wordpiece(tokenizer: WordPiece, lowercase: bool) -> EncoderTokenizer:
+    return EncoderTokenizer(
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        bert_processor(tokenizer.cls_id, tokenizer.sep_id),
+        num_ids=len(tokenizer),
+        special_tokens=tokenizer.special_tokens,
+        lowercase=lowercase and not tokenizer.lowercase,
+    )
+
+
+def _from_tokenizer(
+    tokenizer: formats.Tokenizer, processor: PostProcessor, lowercase: bool
+) -> EncoderTokenizer:
+    encoding = tokenizer.encoding
+    return EncoderTokenizer(
+        lambda text: encoding.encode(text, allowed_special="all"),
+        processor,
+        num_ids=encoding.n_vocab,
+        special_tokens=encoding.special_tokens,
+        lowercase=lowercase,
+    )
+
+
+def _from_gguf(path: Path, lowercase: bool) -> EncoderTokenizer:
+    metadata = read_gguf_metadata(path)
+    if metadata.get("tokenizer.ggml.model") == "bert":
+        return _from_wordpiece(wordpiece_from_gguf(metadata, str(path)), lowercase)
+    tokenizer = formats.load(path)
+    # llama.cpp adds both to the texts of an encoder; `add_sep_token` concerns pairs.
+    flags = {
+        name: metadata.get(f"tokenizer.ggml.add_{name}_token", name != "bos" or tokenizer.add_bos)
+        for name in ("bos", "eos")
+    }
+    ids = {
+        name: getattr(tokenizer, f"{name}_id") if flags[name] else None for name in ("bos", "eos")
+    }
+    return _from_tokenizer(tokenizer, _around(ids["bos"], ids["eos"]), lowercase)
+
+
+def _bos_and_eos(tokenizer: Any) -> PostProcessor:
+    return _around(
+        tokenizer.bos_id if tokenizer.add_bos else None,
+        tokenizer.eos_id if getattr(tokenizer, "add_eos", False) else None,
+    )
+
+
+def _around(bos: int | None, eos: int | None) -> PostProcessor:
+    """Return a processor that adds ids before and after a text; between a pair it adds `eos`."""
+    before = () if bos is None else (Slot((bos,)),)
+    after = () if eos is None else (Slot((eos,)),)
+    a, b = Slot((), "A"), Slot((), "B")
+    return PostProcessor((*before, a, *after), (*before, a, *after, b, *after))
+
+
+def wordpiece_from_gguf(metadata: Mapping[str, Any], where: str) -> WordPiece:
+    """Read the WordPiece vocabulary of a GGUF file.
+
+    llama.cpp marks the beginning of a word by U+2581, where WordPiece marks a continuation by "##".
+
+    Args:
+        metadata: the metadata of the file.
+        where: the file, for error messages.
+
+    Raises:
+        ValueError: if a key is missing or has an invalid value.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    types = metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+        raise ValueError(f"{where}: tokenizer.ggml.tokens and token_type must be lists of a length")
+    vocab: dict[str, int] = {}
+    special: list[str] = []
+    for id, (raw, kind) in enumerate(zip(tokens, types, strict=True)):
+        token = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+        if kind == 1:  # normal
+            token = token[1:] if token.startswith("\u2581") else "##" + token
+        else:
+            token = token.removeprefix("\u2581")
+            special.append(token)
+        if vocab.setdefault(token, id) != id:
+            raise ValueError(f"{where}: the token {token!r} has the ids {vocab[token]} and {id}")
+    names = {id: token for token, id in vocab.items()}
+    settings = {}
+    for argument, keys, default in (
+        ("cls_token", ("cls_token_id", "bos_token_id"), "[CLS]"),
+        ("sep_token", ("seperator_token_id", "eos_token_id"), "[SEP]"),  # llama.cpp's spelling
+        ("unk_token", ("unknown_token_id",), "[UNK]"),
+        ("pad_token", ("padding_token_id",), "[PAD]"),
+    ):
+        ids = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
+        id = next((id for id in ids if id is not None), None)
+        settings[argument] = default if id is None else names.get(id, default)
+    try:
+        # A vocabulary of lower case is that of an uncased model; the file has no key for it.
+        lowercase = not any(token[:1].isupper() for token in vocab if token not in special)
+        return WordPiece(vocab, special_tokens=special, lowercase=lowercase, **settings)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

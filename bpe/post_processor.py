@@ -1,0 +1,126 @@
+"""Add a tokenizer's special tokens around a text, or around a pair of texts.
+
+An encoder reads `[CLS] text [SEP]`, and a cross-encoder `[CLS] question [SEP] document [SEP]`. The
+post-processor of a `tokenizer.json` says which tokens a model was trained with, and the type of
+each: BERT tells the two texts of a pair apart by it. The kinds are those of Hugging Face's
+`tokenizers`: `BertProcessing`, `RobertaProcessing`, `TemplateProcessing`, and a `Sequence` with one
+of them; `formats/post_processor.py` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A part of a template: the ids of special tokens, or the place of a text."""
+
+    ids: tuple[int, ...]
+    text: str | None = None  # "A" or "B"
+    type_id: int = 0
+
+
+@dataclass(frozen=True)
+class PostProcessor:
+    """The templates of a text and of a pair.
+
+    Attributes:
+        single: one slot for the text "A", and special tokens.
+        pair: one slot for "A" and a later one for "B", and special tokens.
+
+    Raises:
+        ValueError: a template lacks a text, or has one twice.
+    """
+
+    single: tuple[Slot, ...] = (Slot((), "A"),)
+    pair: tuple[Slot, ...] = (Slot((), "A"), Slot((), "B"))
+
+    def __post_init__(self) -> None:
+        for template, texts in ((self.single, ["A"]), (self.pair, ["A", "B"])):
+            found = [slot.text for slot in template if slot.text is not None]
+            if found != texts:
+                raise ValueError(f"a template must have the texts {texts} in this order: {found}")
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Return the ids before a single text."""
+        return _ids(self.single[: self._index])
+
+    @property
+    def suffix(self) -> tuple[int, ...]:
+        """Return the ids after a single text."""
+        return _ids(self.single[self._index + 1 :])
+
+    @property
+    def _index(self) -> int:
+        return next(i for i, slot in enumerate(self.single) if slot.text)
+
+    def process(self, ids: Sequence[int], max_length: int | None = None) -> list[int]:
+        """Return a text with its special tokens.
+
+        Args:
+            ids: the ids of the text.
+            max_length: the maximum number of ids; the end of a longer text is cut off.
+
+        Raises:
+            ValueError: if `max_length` is too small for the special tokens.
+        """
+        limit = _limit(max_length, len(self.prefix) + len(self.suffix))
+        return [*self.prefix, *ids[:limit], *self.suffix]
+
+    def process_pair(
+        self, first: Sequence[int], second: Sequence[int], max_length: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return a pair with its special tokens, and the type of each token.
+
+        Args:
+            first: the ids of the first text.
+            second: the ids of the second text.
+            max_length: the maximum number of ids; of texts that are too long, the longer one is
+                cut until both have equal length, and then both are.
+
+        Raises:
+            ValueError: if `max_length` is too small for the special tokens.
+        """
+        limit = _limit(max_length, len(_ids(self.pair)))
+        texts = dict(zip("AB", truncate_pair(first, second, limit), strict=True))
+        ids: list[int] = []
+        types: list[int] = []
+        for slot in self.pair:
+            part = slot.ids if slot.text is None else texts[slot.text]
+            ids += part
+            types += [slot.type_id] * len(part)
+        return ids, types
+
+
+def truncate_pair(
+    first: Sequence[int], second: Sequence[int], limit: int | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Cut off the end of the longer text, or of both, until there are at most `limit` ids."""
+    if limit is None or len(first) + len(second) <= limit:
+        return first, second
+    shorter = min(len(first), len(second), limit // 2)
+    if len(first) <= len(second):
+        return first[:shorter], second[: limit - shorter]
+    return first[: limit - shorter], second[:shorter]
+
+
+def bert_processor(cls: int, sep: int) -> PostProcessor:
+    """Return BERT's: [CLS] A [SEP], and [CLS] A [SEP] B [SEP] with type 1 after the first [SEP]."""
+    single = (Slot((cls,)), Slot((), "A"), Slot((sep,)))
+    return PostProcessor(single, (*single, Slot((), "B", 1), Slot((sep,), None, 1)))
+
+
+def _ids(slots: Sequence[Slot]) -> tuple[int, ...]:
+    return tuple(id for slot in slots for id in slot.ids)
+
+
+def _limit(max_length: int | None, num_special: int) -> int | None:
+    """Return the maximum number of ids of texts among `max_length` ids."""
+    if max_length is not None and max_length < num_special:
+        raise ValueError(
+            f"max_length={max_length} is less than the number of special tokens, {num_special}"
+        )
+    return None if max_length is None else max_length - num_special
