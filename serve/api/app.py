@@ -33,6 +33,7 @@ from serve.api.routes import (
     images,
     models,
     pages,
+    rerank,
     tokens,
 )
 from serve.api.routes.legacy import edits, engines, fine_tunes
@@ -111,7 +112,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         "/metrics", metrics.page, methods=["GET"], summary="Prometheus metrics", **route_docs()
     )
     # Paths that contain an engine id match greedily, so longer paths are registered first.
-    routes = (health, models, chat, completions, edits, embeddings, audio, images)
+    routes = (health, models, chat, completions, edits, embeddings, rerank, audio, images)
     routes += (files, fine_tuning, fine_tunes)
     routes += (engines, tokens, pages)
     for route in routes:

@@ -348,6 +348,53 @@ class Embeddings(ListResponse[Embedding]):
     usage: EmbeddingsUsage
 
 
+# --- reranking --------------------------------------------------------------------------------
+
+RerankMethod = Literal["cross_encoder", "embeddings"]
+
+
+class RerankDocument(ResponseModel):
+    """A document of a request."""
+
+    text: str
+
+
+class RerankResult(ResponseModel):
+    """The relevance of a document."""
+
+    index: Count  # of the document in the request
+    relevance_score: float
+    document: RerankDocument | None = None  # unless return_documents is false
+
+
+class Rerank(ResponseModel):
+    """The most relevant documents, the best one first."""
+
+    id: str
+    model: str
+    method: RerankMethod  # embeddings: the cosine, where the model is no cross-encoder
+    results: list[RerankResult]
+    usage: EmbeddingsUsage
+
+
+class Score(ResponseModel):
+    """The relevance of a pair of texts."""
+
+    object: Literal["score"]
+    index: Count
+    score: float
+
+
+class Scores(ListResponse[Score]):
+    """The relevance of all pairs."""
+
+    id: str
+    created: Count
+    model: str
+    method: RerankMethod
+    usage: EmbeddingsUsage
+
+
 # --- files ------------------------------------------------------------------------------------
 
 

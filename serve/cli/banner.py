@@ -37,6 +37,15 @@ def banner(address: str, registry: Registry, *, has_keys: bool) -> str:
         arguments.append(f'    file=open("{example.file}", "rb"),')
     else:
         curl.append(f"-H \"Content-Type: application/json\" \\\n  -d '{json.dumps(fields)}'")
+    python = [
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{address}/v1", api_key="{key}")',
+        f"answer = client.{example.call}(",
+        *arguments,
+        ")",
+        f"print(answer.{example.result})",
+        "",
+    ]
     return "\n".join(
         [
             f"listening on {address}/v1 (Ctrl-C stops)",
@@ -45,12 +54,6 @@ def banner(address: str, registry: Registry, *, has_keys: bool) -> str:
             "",
             " ".join(curl),
             "",
-            "from openai import OpenAI",
-            f'client = OpenAI(base_url="{address}/v1", api_key="{key}")',
-            f"answer = client.{example.call}(",
-            *arguments,
-            ")",
-            f"print(answer.{example.result})",
-            "",
+            *(python if example.call else []),
         ]
     )

@@ -71,10 +71,8 @@ def embed(
     served = _load_model(model, dtype, max_embedding_tokens)
     import asyncio
 
-    from serve.models import long_texts
-
     started = time.perf_counter()
-    ids = [served.tokenizer.encode(text) for text in lines]
+    ids = [served.encode(text) for text in lines]
     mode = "truncate" if truncate else long_text_mode
     for number, text_ids in enumerate(ids):
         if len(text_ids) > served.context and mode is None:
@@ -82,10 +80,12 @@ def embed(
                 f"text {number + 1} has {len(text_ids)} tokens, but the maximum of {served.id} is "
                 f"{served.context}; shorten it, or give --long-text-mode truncate or mean"
             )
-    to_chunks = long_texts.truncated if mode == "truncate" else long_texts.split
-    chunks = [to_chunks(text_ids, served.context) for text_ids in ids]
+    chunks = [
+        served.truncate(text_ids, served.context) if mode == "truncate" else served.split(text_ids)
+        for text_ids in ids
+    ]
     vectors = asyncio.run(served.embed([chunk for text in chunks for chunk in text]))
-    vectors = long_texts.average(vectors, chunks, normalize=served.cfg.normalize)
+    vectors = served.average(vectors, chunks)
     seconds = time.perf_counter() - started
     tokens = sum(len(chunk) for text in chunks for chunk in text)
     if output is not None:

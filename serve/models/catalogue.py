@@ -28,7 +28,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a folder name, so no sla
 _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Equal to the keys of `kinds.KINDS`, which imports JAX; a test compares them.
-KINDS = ("decoder", "encoder", "speech", "images")
+KINDS = ("decoder", "encoder", "reranker", "speech", "images")
 DTYPES: tuple[Dtype, ...] = ("int8", "bfloat16", "float32")  # narrowest first
 
 

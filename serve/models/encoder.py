@@ -7,26 +7,29 @@ request gives the same bits under any load. Other models use the device between 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
+import jax
 import numpy as np
 
 import bpe
 from serve.exceptions import WrongUsage
-from serve.models import dtypes, fingerprint
+from serve.models import dtypes, fingerprint, long_texts
 from serve.models.compilation_cache import enable_compilation_cache
-from serve.models.decoder import weights_file
 from serve.models.dtypes import FloatDtype
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
-from transformer import encoder, packing
-from transformer.checkpoint import bert
-from transformer.encoder import Config, Params
+from transformer import encoder, packing, pooled_decoder
+from transformer.checkpoint import encoders, sentence_transformers
+from transformer.encoder import AnyConfig, AnyParams
 from transformer.engine.device import WorkQueue, default_device
+
+C = TypeVar("C", bound=AnyConfig)
 
 # A narrower dtype is accepted if each vector of the probe has nearly the direction of float32's.
 MAX_DISTANCE = 1e-4  # 1 - cosine similarity
@@ -40,11 +43,13 @@ class EmbeddingModel:
         id: the id it is served under.
         created: seconds since 1970.
         owned_by: the publisher.
-        tokenizer: its WordPiece tokenizer.
+        tokenizer: its tokenizer.
         cfg: its configuration.
         params: its weights.
         fingerprint: changes with weights, dtype and library versions.
         dtype: the dtype of its weights.
+        prompts: texts that are put before an input, by name.
+        default_prompt: the prompt of an input without a prompt name; usually empty.
         work_queue: its queue of batches on the device.
     """
 
@@ -53,17 +58,24 @@ class EmbeddingModel:
     id: str
     created: int
     owned_by: str
-    tokenizer: bpe.WordPiece
-    cfg: Config
-    params: Params = field(repr=False)
+    tokenizer: bpe.EncoderTokenizer
+    cfg: AnyConfig
+    params: AnyParams = field(repr=False)
     fingerprint: str
     dtype: str
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
     work_queue: WorkQueue = field(default_factory=lambda: WorkQueue(default_device()))
 
     @property
     def context(self) -> int:
-        """Return the maximum tokens of an input, [CLS] and [SEP] included."""
+        """Return the maximum tokens of an input, special tokens included."""
         return self.cfg.max_tokens
+
+    @property
+    def num_special(self) -> int:
+        """Return the number of special tokens around an input."""
+        return len(self.tokenizer.prefix_ids) + len(self.tokenizer.suffix_ids)
 
     @property
     def memory(self) -> int:
@@ -75,8 +87,35 @@ class EmbeddingModel:
         """Whether no request waits or runs."""
         return self.work_queue.is_idle
 
+    def encode(self, text: str, prompt_name: str | None = None) -> list[int]:
+        """Return the token ids of a text after its prompt, special tokens included.
+
+        Args:
+            text: the text.
+            prompt_name: a key of `prompts`; None for the default prompt.
+        """
+        prompt = self.default_prompt if prompt_name is None else self.prompts[prompt_name]
+        return self.tokenizer.encode(prompt + text)
+
+    def split(self, ids: Sequence[int]) -> list[list[int]]:
+        """Return the chunks of a text that may be too long; see `long_texts`."""
+        tokenizer = self.tokenizer
+        return long_texts.split(
+            ids, self.context, len(tokenizer.prefix_ids), len(tokenizer.suffix_ids)
+        )
+
+    def truncate(self, ids: Sequence[int], limit: int) -> list[list[int]]:
+        """Return a text as one chunk of at most `limit` tokens."""
+        return long_texts.truncated(ids, limit, len(self.tokenizer.suffix_ids))
+
+    def average(self, vectors: np.ndarray, chunks: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+        """Return a vector for each text from those of its chunks."""
+        return long_texts.average(
+            vectors, chunks, normalize=self.cfg.normalize, num_special=self.num_special
+        )
+
     async def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return the embedding vectors of texts: float32 [len(texts), D].
+        """Return the embedding vectors of texts: float32 [len(texts), E].
 
         Args:
             texts: the token ids of each text, special tokens included.
@@ -84,7 +123,7 @@ class EmbeddingModel:
         Raises:
             Busy: too many batches wait.
         """
-        vectors = np.empty((len(texts), self.cfg.d_model), np.float32)
+        vectors = np.empty((len(texts), self.cfg.embedding_width), np.float32)
         with self.work_queue.using():
             for batch in packing.pack(texts, self.cfg.max_tokens):
                 vectors[batch.text_indices] = await self.work_queue.run(
@@ -115,7 +154,7 @@ def load_embedding_model(
 
     Args:
         id: the id to serve it under.
-        path: a sentence-transformers folder with its tokenizer.
+        path: a sentence-transformers folder with its tokenizer, or a GGUF file.
         owned_by: the publisher.
         dtype: "float32", "bfloat16", or "auto" for the fastest accurate one on this machine.
         max_tokens: the maximum tokens of an input; None for the model's own maximum. See
@@ -129,37 +168,78 @@ def load_embedding_model(
     """
     enable_compilation_cache()
     chosen = dtypes.parse_dtype(dtype, dtypes.FLOAT_DTYPES)
-    tokenizer = bpe.load_wordpiece(path)
-    weights = fingerprint.hash_weights(path)
+    settings = encoders.read_settings(path)
+    tokenizer = bpe.load_encoder_tokenizer(settings.folder, lowercase=settings.lowercase)
+    weights = hash_files(path)
     if chosen is None:
         chosen = _choose_dtype(id, path, tokenizer, weights, notify)
-    params, cfg = bert.load(path, dtype=chosen)
-    cfg = with_max_tokens(cfg, max_tokens)
-    if len(tokenizer) > cfg.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has ids up to {len(tokenizer) - 1}, but the model has "
-            f"{cfg.vocab_size} tokens: use the tokenizer of this model"
-        )
+    params, cfg = encoders.load(path, dtype=chosen)
+    check_vocabulary(tokenizer, cfg.vocab_size, path)
     return EmbeddingModel(
         id=id,
-        created=int((path / "config.json").stat().st_mtime),
+        created=created(path),
         owned_by=owned_by,
         tokenizer=tokenizer,
-        cfg=cfg,
+        cfg=with_max_tokens(cfg, max_tokens),
         params=params,
         fingerprint=fingerprint.system_fingerprint(weights, chosen),
         dtype=chosen,
+        prompts=settings.prompts,
+        default_prompt=settings.default_prompt,
     )
 
 
-def with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
+def check_vocabulary(tokenizer: bpe.EncoderTokenizer, vocab_size: int, path: Path) -> None:
+    """Check that the model has an embedding of each token, except special tokens.
+
+    Raises:
+        ValueError: an ordinary token has no embedding, so the tokenizer is another model's.
+    """
+    extra = {id for id in tokenizer.special_tokens.values() if id >= vocab_size}
+    if len(tokenizer) - len(extra) > vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has ids up to {len(tokenizer) - 1}, but the model has "
+            f"{vocab_size} tokens: use the tokenizer of this model"
+        )
+
+
+def created(path: Path) -> int:
+    """Return the modification time of the files, in seconds since 1970."""
+    folder = sentence_transformers.transformer_folder(path) if path.is_dir() else path
+    return int((folder / "config.json" if path.is_dir() else path).stat().st_mtime)
+
+
+def hash_files(path: Path) -> str:
+    """Return the SHA-256 of a model's files, those of its modules included, in hex."""
+    if not path.is_dir():
+        return fingerprint.hash_weights(path)
+    folders = sentence_transformers.module_folders(path)
+    listing = "".join(fingerprint.hash_weights(folder) for folder in folders)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def stamp(path: Path) -> object:
+    """Return a value that changes when the files or those of the modules change."""
+    folders = sentence_transformers.module_folders(path) if path.is_dir() else [path]
+    return stamp_of(*folders)
+
+
+def float32_bytes(cfg: AnyConfig) -> int:
+    """Return the bytes of the weights in float32, the widest dtype."""
+    if isinstance(cfg, pooled_decoder.Config):
+        return 4 * cfg.decoder.num_params
+    shapes = jax.tree.leaves(encoder.abstract(cfg))
+    return sum(4 * math.prod(info.shape) for info in shapes)
+
+
+def with_max_tokens(cfg: C, max_tokens: int | None) -> C:
     """Return a configuration with another maximum input length; `cfg` itself for None.
 
     A model may have more positions than its authors recommend (all-MiniLM has 512 and recommends
     256). The further positions were learned in pretraining, not for embeddings.
 
     Raises:
-        WrongUsage: the model has fewer positions, or no token fits between [CLS] and [SEP].
+        WrongUsage: the model has fewer positions, or no token fits between special tokens.
     """
     if max_tokens is None:
         return cfg
@@ -174,17 +254,17 @@ def with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
 def _choose_dtype(
     id: str,
     path: Path,
-    tokenizer: bpe.WordPiece,
+    tokenizer: bpe.EncoderTokenizer,
     weights: str,
     notify: Callable[[str], None],
 ) -> FloatDtype:
     """Return the fastest dtype on this machine whose vectors are close to float32's; cached."""
 
     def measure(dtype: FloatDtype) -> tuple[float, np.ndarray]:
-        params, cfg = bert.load(path, dtype=dtype)
+        params, cfg = encoders.load(path, dtype=dtype)
         ids = [
             tokenizer.encode(dtypes.PROBE_TEXT, max_length=cfg.max_tokens),
-            tokenizer.encode(dtypes.PROBE_TEXT[:80]),
+            tokenizer.encode(dtypes.PROBE_TEXT[:80], max_length=cfg.max_tokens),
         ]
         best, vectors = math.inf, np.zeros(0)
         for _ in range(4):  # the first one compiles
@@ -206,7 +286,7 @@ def _choose_dtype(
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     """Return the spec of an encoder; see `Kind.describe`."""
     max_tokens = options.max_embedding_tokens
-    with_max_tokens(bert.read_config(files.path), max_tokens)  # raises before the server starts
+    cfg = with_max_tokens(encoders.read_config(files.path), max_tokens)  # raises before the start
 
     def load() -> EmbeddingModel:
         return load_embedding_model(
@@ -220,18 +300,18 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
 
     return ModelSpec(
         id=files.id,
-        created=int(weights_file(files.path).stat().st_mtime),
+        created=created(files.path),
         owned_by=files.publisher,
-        memory=lambda: (files.path / "model.safetensors").stat().st_size,
+        memory=lambda: float32_bytes(cfg),
         load=load,
-        stamp=functools.partial(stamp_of, files.path),
+        stamp=functools.partial(stamp, files.path),
         kind="encoder",
     )
 
 
 def _recognizes(path: Path) -> bool:
     try:
-        return bert.is_bert(path)
+        return encoders.is_encoder(path)
     except (OSError, ValueError):
         return False
 

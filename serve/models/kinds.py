@@ -6,11 +6,12 @@ that `serve/api/app.py` includes. `tests/serve/toy_kind.py` is a minimal example
 
 from pathlib import Path
 
-from serve.models import decoder, encoder, images, speech
+from serve.models import decoder, encoder, images, reranker, speech
 from serve.models.spec import Kind, ModelFiles
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (decoder.KIND, encoder.KIND, speech.KIND, images.KIND)
+    kind.name: kind
+    for kind in (decoder.KIND, encoder.KIND, reranker.KIND, speech.KIND, images.KIND)
 }
 
 

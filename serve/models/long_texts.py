@@ -15,34 +15,46 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def split(ids: Sequence[int], limit: int) -> list[list[int]]:
-    """Return the chunks of a text, each between the first and last special token of the text.
+def split(
+    ids: Sequence[int], limit: int, num_prefix: int = 1, num_suffix: int = 1
+) -> list[list[int]]:
+    """Return the chunks of a text, each between the special tokens of the text.
 
     Args:
-        ids: the token ids of the text, [CLS] first and [SEP] last.
-        limit: the maximum tokens of a chunk, special tokens included; at least 3.
+        ids: the token ids of the text, special tokens included.
+        limit: the maximum tokens of a chunk, special tokens included.
+        num_prefix: the number of special tokens before the text.
+        num_suffix: the number of special tokens after it.
 
     >>> split([101, 1, 2, 3, 4, 5, 102], 4)
     [[101, 1, 2, 102], [101, 3, 4, 102], [101, 5, 102]]
+    >>> split([1, 2, 3, 0], 3, 0, 1)
+    [[1, 2, 0], [3, 0]]
     """
     if len(ids) <= limit:
         return [list(ids)]
-    first, *inner, last = ids
-    step = limit - 2
-    return [[first, *inner[i : i + step], last] for i in range(0, len(inner), step)]
+    end = len(ids) - num_suffix
+    prefix, inner, suffix = ids[:num_prefix], ids[num_prefix:end], ids[end:]
+    step = limit - num_prefix - num_suffix
+    return [[*prefix, *inner[i : i + step], *suffix] for i in range(0, len(inner), step)]
 
 
-def truncated(ids: Sequence[int], limit: int) -> list[list[int]]:
-    """Return the text as one chunk, truncated to `limit` tokens.
+def truncated(ids: Sequence[int], limit: int, num_suffix: int = 1) -> list[list[int]]:
+    """Return the text as one chunk, truncated to `limit` tokens before its last special tokens.
 
     >>> truncated([101, 1, 2, 3, 102], 4)
     [[101, 1, 2, 102]]
     """
-    return [list(ids) if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]]
+    end = len(ids) - num_suffix
+    return [list(ids) if len(ids) <= limit else [*ids[: limit - num_suffix], *ids[end:]]]
 
 
 def average(
-    vectors: np.ndarray, chunks: Sequence[Sequence[Sequence[int]]], *, normalize: bool
+    vectors: np.ndarray,
+    chunks: Sequence[Sequence[Sequence[int]]],
+    *,
+    normalize: bool,
+    num_special: int = 2,
 ) -> np.ndarray:
     """Return a vector for each text, the weighted mean of the vectors of its chunks.
 
@@ -51,6 +63,7 @@ def average(
         chunks: the chunks of each text.
         normalize: whether to normalize a mean of several vectors to length 1, as the model
             normalizes its vectors.
+        num_special: the number of special tokens of a chunk, which have no weight.
 
     Returns:
         float32 [len(chunks), D]. The vector of a text with one chunk is copied unchanged.
@@ -63,7 +76,7 @@ def average(
         if len(text) == 1:
             means[number] = parts[0]
             continue
-        weights = np.array([len(chunk) - 2 for chunk in text], np.float32)
+        weights = np.array([len(chunk) - num_special for chunk in text], np.float32)
         mean = weights @ parts / weights.sum()
         means[number] = mean / max(float(np.linalg.norm(mean)), 1e-12) if normalize else mean
     return means

@@ -149,7 +149,7 @@ class Example:
 
     Attributes:
         route: the path below /v1.
-        call: the method of the official client.
+        call: the method of the official client; empty if it has none.
         result: the part of the response to print.
         fields: the fields of the request, except `model`.
         file: the name of a file to upload with it, if any.

@@ -103,8 +103,10 @@ def is_bert(folder: Path) -> bool:
 
 def is_cross_encoder(folder: Path) -> bool:
     """Whether a Hugging Face folder is an encoder with a head for sequence classification."""
-    config = safetensors.read_json_object(folder / "config.json")
-    return is_bert(folder) and _has_head(config)
+    if not is_bert(folder) or sentence_transformers.has_pooling(folder):
+        return False
+    transformer = sentence_transformers.transformer_folder(folder)
+    return _has_head(safetensors.read_json_object(transformer / "config.json"))
 
 
 def read_config(
@@ -128,7 +130,7 @@ def read_header(
         return _read_gguf_header(path, pooling, normalize)
     folder = sentence_transformers.transformer_folder(path)
     config = safetensors.read_json_object(folder / "config.json")
-    if _has_head(config):
+    if _has_head(config) and not sentence_transformers.has_pooling(path):
         return _read_cross_encoder_header(folder, config)
     modules = sentence_transformers.read(path) if sentence_transformers.has_modules(path) else None
     if modules is not None:

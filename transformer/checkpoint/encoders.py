@@ -103,7 +103,7 @@ def is_encoder(path: Path) -> bool:
     if not path.is_dir():
         metadata = gguf.read_metadata_head(path)
         return _GGUF_GEMMA in metadata.values() or _has_gguf_pooling(metadata)
-    if sentence_transformers.has_modules(path):
+    if sentence_transformers.has_pooling(path):
         return True
     return bert.is_bert(path) and not bert.is_cross_encoder(path)
 

@@ -86,6 +86,45 @@ def transformer_folder(folder: Path) -> Path:
     return next((path for kind, path in modules if kind == "Transformer"), folder)
 
 
+def has_pooling(folder: Path) -> bool:
+    """Whether a folder has a list of modules with a pooling, so that it embeds texts."""
+    return has_modules(folder) and any(kind == "Pooling" for kind, _ in _read_list(folder))
+
+
+def read_cross_encoder_settings(folder: Path) -> tuple[str | None, str]:
+    """Return the activation of a cross-encoder's logits, and the prompt before its first text.
+
+    Args:
+        folder: a folder with config.json.
+
+    Returns:
+        A name in `pooling.ACTIVATIONS`, or None if no file has one; and the prompt, usually empty.
+
+    Raises:
+        ValueError: A file is damaged, or an activation is not supported.
+    """
+    transformer = transformer_folder(folder)
+    path = transformer / "config.json"
+    config = safetensors.read_json_object(path)
+    own = config.get("sentence_transformers")
+    name = own.get("activation_fn") if isinstance(own, dict) else None
+    if name is None:
+        name = config.get("sbert_ce_default_activation_function")  # before version 4
+    settings = folder / "config_sentence_transformers.json"
+    if name is None and settings.is_file():
+        path, name = settings, safetensors.read_json_object(settings).get("activation_fn")
+    if name is not None and (not isinstance(name, str) or name not in _ACTIVATIONS):
+        known = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"{path}: the activation must be one of {known}, got {name!r}")
+    return None if name is None else _ACTIVATIONS[name], _read_prompts(settings)[1]
+
+
+def module_folders(folder: Path) -> list[Path]:
+    """Return the folders of all modules; the folder itself for a model without modules."""
+    folders = [path for _, path in _read_list(folder)] if has_modules(folder) else []
+    return list(dict.fromkeys([folder, *(path for path in folders if path.is_dir())]))
+
+
 def read(folder: Path) -> Modules:
     """Read the modules and prompts of a folder with `modules.json`.
 

@@ -9,6 +9,10 @@ little-endian float32.
 ``dimensions`` keeps the first components of a vector and rescales it to its original norm. Models
 trained for this (Matryoshka embeddings) lose less quality than others.
 
+A model may have prompts: texts such as "query: " that stood before the inputs in its training. Its
+default prompt is put before each text, as in sentence-transformers, but not before token ids;
+``prompt_name``, as in Text Embeddings Inference, selects another one.
+
 An input longer than the model's context returns 400, unless one of these extensions to OpenAI's API
 handles it:
 
@@ -29,7 +33,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import bpe
-from bpe import WordPiece
 from serve.api.errors import APIError
 from serve.api.openapi import route_docs
 from serve.api.request_context import context_of
@@ -37,8 +40,8 @@ from serve.api.requests import Body, TokenIds, read_json, tag
 from serve.api.responses import Embeddings
 from serve.api.sse import cancel_on_disconnect
 from serve.api.state import get_loaded_model
-from serve.models import long_texts
 from serve.models.encoder import EmbeddingModel
+from serve.models.reranker import RerankModel
 
 router = APIRouter(prefix="/v1")
 
@@ -66,6 +69,7 @@ class EmbeddingsBody(Body):
     long_text_mode: Literal["truncate", "mean"] | None = None
     truncate: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    prompt_name: str | None = None
 
 
 @router.post("/embeddings", **route_docs(Embeddings, EmbeddingsBody))
@@ -74,7 +78,7 @@ async def create_embeddings(request: Request) -> Response:
     """Embed texts as vectors, for search, classification and comparison."""
     body = await read_json(request, EmbeddingsBody)
     model = await get_loaded_model(request, body.model, EmbeddingModel)
-    width = model.cfg.d_model
+    width = model.cfg.embedding_width
     if body.dimensions is not None and body.dimensions > width:
         raise APIError(
             400,
@@ -90,7 +94,7 @@ async def create_embeddings(request: Request) -> Response:
     context = context_of(request.scope)
     context.model, context.prompt_tokens = model.id, num_tokens
     vectors = await cancel_on_disconnect(request.receive, model.embed(chunks))
-    vectors = long_texts.average(vectors, texts, normalize=model.cfg.normalize)
+    vectors = model.average(vectors, texts)
     embeddings = await asyncio.to_thread(_format_vectors, body, vectors)
     return JSONResponse(
         {
@@ -106,8 +110,9 @@ async def create_embeddings(request: Request) -> Response:
 
 
 def _encode_inputs(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]]]:
-    """Return the chunks of each input, usually one: token ids from [CLS] to [SEP]."""
-    tokenizer, limit = model.tokenizer, _truncation_length(body, model)
+    """Return the chunks of each input, usually one: token ids with special tokens."""
+    limit = _truncation_length(body, model)
+    check_prompt_name(body.prompt_name, model)
     is_single = isinstance(body.input, str) or isinstance(body.input[0], int)
     inputs = cast("list[str | list[int]]", [body.input] if is_single else body.input)
     imitated = _imitated_encoding(body.model, model)
@@ -116,15 +121,17 @@ def _encode_inputs(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[lis
     for number, text_or_ids in enumerate(inputs):
         path = "input" if is_single else f"input[{number}]"
         if isinstance(text_or_ids, str):
-            ids = tokenizer.encode(text_or_ids)
+            ids = model.encode(text_or_ids, body.prompt_name)
         elif imitated is None:
-            ids = _with_special_tokens(text_or_ids, tokenizer, model.id, path)
+            ids = _with_special_tokens(text_or_ids, model, path)
         else:
-            ids = tokenizer.encode(_decode(text_or_ids, imitated, body.model, path))
+            text = _decode(text_or_ids, imitated, body.model, path)
+            ids = model.encode(text, body.prompt_name)
+        check_known(ids, model, path)
         if body.long_text_mode == "mean":
-            chunks = long_texts.split(ids, model.context)
+            chunks = model.split(ids)
         else:
-            chunks = long_texts.truncated(ids, limit or len(ids))
+            chunks = model.truncate(ids, limit or len(ids))
         if len(chunks[0]) > model.context:
             raise APIError(
                 400,
@@ -186,10 +193,11 @@ def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | Non
         )
     if num_tokens in (None, -1):
         return model.context if num_tokens == -1 or truncates else None
-    if not 3 <= num_tokens <= model.context:
+    least = model.num_special + 1
+    if not least <= num_tokens <= model.context:
         raise APIError(
             400,
-            f"Invalid 'truncate_prompt_tokens': expected -1 or a number from 3 to {model.context}, "
+            f"Invalid 'truncate_prompt_tokens': expected -1 or a number from {least} to {model.context}, "
             f"but got {num_tokens} instead.",
             param="truncate_prompt_tokens",
             code="invalid_value",
@@ -197,27 +205,57 @@ def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | Non
     return num_tokens
 
 
-def _with_special_tokens(
-    ids: list[int], tokenizer: WordPiece, model_id: str, path: str
-) -> list[int]:
-    """Return token ids of the model with [CLS] first and [SEP] last, added if they are missing.
+def check_prompt_name(name: str | None, model: EmbeddingModel) -> None:
+    """Raise APIError for a prompt that the model does not have."""
+    if name is not None and name not in model.prompts:
+        known = ", ".join(map(repr, model.prompts)) or "none"
+        raise APIError(
+            400,
+            f"Invalid 'prompt_name': '{name[:80]}' is not a prompt of `{model.id}`. "
+            f"Its prompts are: {known}.",
+            param="prompt_name",
+            code="invalid_value",
+        )
+
+
+def check_known(ids: list[int], model: EmbeddingModel | RerankModel, path: str) -> None:
+    """Raise APIError for a text without tokens, or a special token without an embedding."""
+    if not ids:
+        raise APIError(
+            400,
+            f"Invalid '{path}': it has no tokens.",
+            param=path,
+            code="empty_string",
+        )
+    if max(ids) >= model.cfg.vocab_size:
+        raise APIError(
+            400,
+            f"Invalid '{path}': it has a special token that `{model.id}` has no embedding of.",
+            param=path,
+            code="invalid_value",
+        )
+
+
+def _with_special_tokens(ids: list[int], model: EmbeddingModel, path: str) -> list[int]:
+    """Return token ids of the model with its special tokens, added where they are missing.
 
     Raises:
         APIError: 400 for an id that is not in the model's vocabulary.
     """
+    tokenizer = model.tokenizer
+    num_ids = min(len(tokenizer), model.cfg.vocab_size)
     for index, token in enumerate(ids):
-        try:
-            tokenizer.convert_ids_to_tokens([token])
-        except KeyError:
+        if not 0 <= token < num_ids:
             raise APIError(
                 400,
-                f"Invalid '{path}[{index}]': {str(token)[:20]} is not a token id of `{model_id}`. "
-                f"Use ids from 0 to {len(tokenizer) - 1}.",
+                f"Invalid '{path}[{index}]': {str(token)[:20]} is not a token id of `{model.id}`. "
+                f"Use ids from 0 to {num_ids - 1}.",
                 param=f"{path}[{index}]",
                 code="invalid_value",
-            ) from None
-    start = [] if ids[0] == tokenizer.cls_id else [tokenizer.cls_id]
-    end = [] if ids[-1] == tokenizer.sep_id else [tokenizer.sep_id]
+            )
+    prefix, suffix = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
+    start = [] if ids[: len(prefix)] == prefix else prefix
+    end = [] if suffix == ids[len(ids) - len(suffix) :] else suffix
     return [*start, *ids, *end]
 
 

@@ -1,0 +1,248 @@
+"""Cross-encoders: a question and a document in, the relevance of the document out.
+
+The pairs of a request are packed into batches as the texts of an encoder are (`encoder.py`), and
+the logits pass the activation that sentence-transformers' `CrossEncoder` applies: the one that the
+files name, else the sigmoid. A model with two labels was trained as a classifier (monoBERT;
+Nogueira & Cho 2019, arXiv:1901.04085); its score is the probability of the second label.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bpe
+from serve.models import dtypes, fingerprint
+from serve.models.compilation_cache import enable_compilation_cache
+from serve.models.dtypes import FloatDtype
+from serve.models.encoder import (
+    check_vocabulary,
+    created,
+    float32_bytes,
+    hash_files,
+    stamp,
+)
+from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec
+from transformer import encoder, packing
+from transformer.checkpoint import bert, encoders, sentence_transformers
+from transformer.encoder import Config, Params
+from transformer.engine.device import WorkQueue, default_device
+from transformer.pooling import ACTIVATIONS
+
+MAX_LOGIT_ERROR = 0.02  # of a narrower dtype than float32, relative to the range of the logits
+PROBE_DOCUMENTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankModel:
+    """A loaded cross-encoder.
+
+    Attributes:
+        id: the id it is served under.
+        created: seconds since 1970.
+        owned_by: the publisher.
+        tokenizer: its tokenizer.
+        cfg: its configuration.
+        params: its weights.
+        activation: a name of `pooling.ACTIVATIONS`, applied to the logit of one label.
+        prompt: the text that is put before a question; usually empty.
+        fingerprint: changes with weights, dtype and library versions.
+        dtype: the dtype of its weights.
+        work_queue: its queue of batches on the device.
+    """
+
+    kind: ClassVar[str] = "reranker"
+
+    id: str
+    created: int
+    owned_by: str
+    tokenizer: bpe.EncoderTokenizer
+    cfg: Config
+    params: Params = field(repr=False)
+    activation: str
+    prompt: str
+    fingerprint: str
+    dtype: str
+    work_queue: WorkQueue = field(default_factory=lambda: WorkQueue(default_device()))
+
+    @property
+    def context(self) -> int:
+        """Return the maximum tokens of a pair, special tokens included."""
+        return self.cfg.max_tokens
+
+    @property
+    def memory(self) -> int:
+        """Return the bytes of the weights."""
+        return encoder.num_bytes(self.params)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or runs."""
+        return self.work_queue.is_idle
+
+    def encode(self, text: str, *, is_question: bool = False) -> list[int]:
+        """Return the token ids of one text of a pair, without special tokens."""
+        prompt = self.prompt if is_question else ""
+        return self.tokenizer.encode(prompt + text, add_special_tokens=False)
+
+    async def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
+        """Return the relevance of each pair: float32 [len(pairs)].
+
+        Args:
+            pairs: the token ids of each pair with special tokens, and the type of each token.
+
+        Raises:
+            Busy: too many batches wait.
+        """
+        scores = np.empty(len(pairs), np.float32)
+        ids, types = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        with self.work_queue.using():
+            for batch in packing.pack(ids, self.cfg.max_tokens):
+                scores[batch.text_indices] = await self.work_queue.run(
+                    lambda batch=batch: self._compute(batch, types)
+                )
+        return scores
+
+    def close(self, timeout: float) -> None:
+        """Do nothing: a batch is short, and waiting requests are still answered."""
+
+    def _compute(self, batch: packing.PackedBatch, types: Sequence[Sequence[int]]) -> np.ndarray:
+        logits = encoder.score_batch(
+            self.params, self.cfg, batch.ids, batch.segments, batch.fill(types), batch.max_texts
+        )
+        return relevance(np.asarray(logits)[batch.rows, batch.slots], self.activation)
+
+
+def relevance(logits: np.ndarray, activation: str) -> np.ndarray:
+    """Return the relevance from logits, float32 [N, 1 or 2] -> [N]."""
+    if logits.shape[1] == 2:  # the softmax of two is the sigmoid of their difference
+        return np.asarray(jax.nn.sigmoid(logits[:, 1] - logits[:, 0]))
+    return np.asarray(ACTIVATIONS[activation](jnp.asarray(logits[:, 0])))
+
+
+def load_rerank_model(
+    id: str,
+    path: Path,
+    *,
+    owned_by: str,
+    dtype: str = "auto",
+    notify: Callable[[str], None] = lambda line: None,
+) -> RerankModel:
+    """Load a cross-encoder; arguments and errors are those of `load_embedding_model`."""
+    enable_compilation_cache()
+    chosen = dtypes.parse_dtype(dtype, dtypes.FLOAT_DTYPES)
+    settings = encoders.read_settings(path)
+    tokenizer = bpe.load_encoder_tokenizer(settings.folder, lowercase=settings.lowercase)
+    weights = hash_files(path)
+    if chosen is None:
+        chosen = _choose_dtype(id, path, tokenizer, weights, notify)
+    params, cfg = bert.load(path, dtype=chosen)
+    check_vocabulary(tokenizer, cfg.vocab_size, path)
+    activation, prompt = sentence_transformers.read_cross_encoder_settings(path)
+    return RerankModel(
+        id=id,
+        created=created(path),
+        owned_by=owned_by,
+        tokenizer=tokenizer,
+        cfg=cfg,
+        params=params,
+        activation=activation or "sigmoid",
+        prompt=prompt,
+        fingerprint=fingerprint.system_fingerprint(weights, chosen),
+        dtype=chosen,
+    )
+
+
+def _choose_dtype(
+    id: str,
+    path: Path,
+    tokenizer: bpe.EncoderTokenizer,
+    weights: str,
+    notify: Callable[[str], None],
+) -> FloatDtype:
+    """Return the fastest dtype on this machine whose logits are close to float32's; cached."""
+    words = dtypes.PROBE_TEXT.split()
+    step = len(words) // PROBE_DOCUMENTS
+    documents = [" ".join(words[i : i + step]) for i in range(0, len(words), step)]
+
+    def measure(dtype: FloatDtype) -> tuple[float, np.ndarray]:
+        params, cfg = bert.load(path, dtype=dtype)
+        pairs = [
+            tokenizer.encode_pair(documents[0], text, max_length=cfg.max_tokens)
+            for text in documents
+        ]
+        best, logits = math.inf, np.zeros(0)
+        for _ in range(4):  # the first one compiles
+            started = time.perf_counter()
+            logits = encoder.score_all(params, cfg, pairs)
+            best = min(best, time.perf_counter() - started)
+        return best, logits
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1.0))
+
+    key = fingerprint.machine_key(weights)
+    return dtypes.fastest_dtype(
+        id, key, dtypes.FLOAT_DTYPES, measure, distance, MAX_LOGIT_ERROR, notify
+    )
+
+
+def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
+    """Return the spec of a cross-encoder; see `Kind.describe`."""
+    cfg = bert.read_config(files.path)
+    sentence_transformers.read_cross_encoder_settings(files.path)
+    assert cfg.head is not None
+    if cfg.head.num_labels > 2:
+        raise ValueError(
+            f"{files.path}: num_labels must be 1, or 2 for a classifier of relevance, to rank "
+            f"documents, got {cfg.head.num_labels}"
+        )
+
+    def load() -> RerankModel:
+        return load_rerank_model(
+            files.id,
+            files.path,
+            owned_by=files.publisher,
+            dtype=options.dtype if options.dtype in dtypes.FLOAT_DTYPES else "auto",
+            notify=options.notify,
+        )
+
+    return ModelSpec(
+        id=files.id,
+        created=created(files.path),
+        owned_by=files.publisher,
+        memory=lambda: float32_bytes(cfg),
+        load=load,
+        stamp=functools.partial(stamp, files.path),
+        kind="reranker",
+    )
+
+
+def _recognizes(path: Path) -> bool:
+    try:
+        return path.is_dir() and bert.is_cross_encoder(path)
+    except (OSError, ValueError):
+        return False
+
+
+KIND = Kind(
+    name="reranker",
+    task="rank documents",
+    recognizes=_recognizes,
+    describe=describe,
+    example=lambda model: Example(
+        route="rerank",
+        call="",
+        result="",
+        fields={"query": "What is the capital of France?", "documents": ["Paris", "Rome"]},
+    ),
+)
