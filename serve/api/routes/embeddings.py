@@ -197,8 +197,8 @@ def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | Non
     if not least <= num_tokens <= model.context:
         raise APIError(
             400,
-            f"Invalid 'truncate_prompt_tokens': expected -1 or a number from {least} to {model.context}, "
-            f"but got {num_tokens} instead.",
+            f"Invalid 'truncate_prompt_tokens': expected -1 or a number from {least} to "
+            f"{model.context}, but got {num_tokens} instead.",
             param="truncate_prompt_tokens",
             code="invalid_value",
         )
