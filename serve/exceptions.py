@@ -1,8 +1,8 @@
 """The exceptions of commands, with their exit codes, and those of the registry.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 3 model or file not found, 4 download failed or
-wrong checksum, 5 does not fit (context, disk), 6 a check failed, 130 interrupted. A message says
-what is wrong and what to do.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 3 model or file not found or not usable, 4 download
+failed or wrong checksum, 5 does not fit (context, memory, disk), 6 a check failed, 130 interrupted.
+A message says what is wrong and what to do.
 """
 
 
@@ -36,8 +36,24 @@ class Corrupt(Failure):
     exit_code = 4
 
 
+class Forbidden(Failure):
+    """A source requires other credentials."""
+
+    exit_code = 4
+
+
+class RateLimited(Unreachable):
+    """A source answers no more requests for a while."""
+
+
+class Unusable(Failure):
+    """The files of a model are damaged, or of a kind that is not supported."""
+
+    exit_code = 3
+
+
 class DoesNotFit(Failure):
-    """The input exceeds the model's context, or a file exceeds the free disk space."""
+    """The input exceeds the model's context, or a model or file exceeds the memory or the disk."""
 
     exit_code = 5
 

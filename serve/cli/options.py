@@ -16,7 +16,8 @@ Stats = Annotated[bool, typer.Option("--stats", help="Print speed and counts to 
 ModelName = Annotated[
     str | None,
     model_option(
-        "A model of `pellucid models`, or NAME=PATH for a GGUF file or a Hugging Face folder."
+        "A model of `pellucid models`, NAME=PATH for a GGUF file or a Hugging Face folder, or "
+        "hf:OWNER/REPO[@REVISION][:FILE] of the Hugging Face Hub."
     ),
 ]
 Temperature = Annotated[

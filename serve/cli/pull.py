@@ -14,7 +14,11 @@ from serve.models import catalogue
 def pull(
     ids: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ID]...", help="[default: the chat model]"),
+        typer.Argument(
+            metavar="[ID]...",
+            help="A model of `pellucid models`, or hf:OWNER/REPO[@REVISION][:FILE] of the Hugging "
+            "Face Hub. [default: the chat model]",
+        ),
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="Every model of `pellucid models`.")] = False,
     verify: Annotated[
@@ -32,8 +36,13 @@ def pull(
     entries = []
     for id in known_models.models if all else ids or [known_models.default]:
         model = known_models.get(id)
-        if id.startswith("hf:") and not verify:
-            path = hub.pull(id, home, notify=console.info)
+        record = hub.find(id, home) if model is None else None
+        name = record.name if record else id
+        if name.startswith(hub.PREFIX) and verify:
+            path = hub.verify(name, home)
+        elif name.startswith(hub.PREFIX):
+            with console.DownloadProgress(name) as progress:
+                path = hub.pull(name, home, notify=console.info, progress=progress).path
         elif model is None:
             raise NotFound(download.unknown_model_message(id, known_models))
         elif verify:

@@ -27,8 +27,8 @@ def serve(
     model: Annotated[
         list[str] | None,
         model_option(
-            "A model to serve: an id of `pellucid models`, or NAME=PATH for a GGUF file or a "
-            "Hugging Face folder. Repeatable."
+            "A model to serve: an id of `pellucid models`, NAME=PATH for a GGUF file or a Hugging "
+            "Face folder, or hf:OWNER/REPO[@REVISION][:FILE]. Repeatable."
         ),
     ] = None,
     api_key: Annotated[

@@ -29,6 +29,13 @@ _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Equal to the keys of `kinds.KINDS`, which imports JAX; a test compares them.
 KINDS = ("decoder", "encoder", "reranker", "speech", "images")
+_SERVES = {  # by kind: what a model of the hub serves if its entry does not say
+    "decoder": ("chat", "completions"),
+    "encoder": ("embeddings",),
+    "reranker": ("rerank",),
+    "speech": ("transcriptions", "translations"),
+    "images": ("images",),
+}
 DTYPES: tuple[Dtype, ...] = ("int8", "bfloat16", "float32")  # narrowest first
 
 
@@ -80,10 +87,11 @@ class CatalogueEntry:
     dtypes: tuple[Dtype, ...] = ()
     encoder: CatalogueEntry | None = None
     folder: Path | None = None
+    hub: str | None = None
 
     @property
     def size(self) -> int:
-        """Return the bytes on disk, without the encoder's."""
+        """Return the bytes on disk, without the encoder's; 0 if they are in the hub's cache."""
         if self.folder is not None:
             return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         return sum(file.size for file in self.files)
@@ -92,7 +100,7 @@ class CatalogueEntry:
     def download_size(self) -> int:
         """Return the bytes to fetch, with the encoder's.
 
-        A download that contains several files counts once.
+        A download that contains several files counts once, and one from the hub as 0.
         """
         downloads = {part.download: part.size for f in self.files for part in f.parts}
         return sum(downloads.values()) + (self.encoder.download_size if self.encoder else 0)
@@ -166,16 +174,16 @@ def load(config: Path | None = None) -> Catalogue:
 class _Table:
     """A TOML table whose keys are taken one by one, so that a misspelt key is an error."""
 
-    _missing = object()
+    missing = object()
 
     def __init__(self, prefix: str, table: object):
         if not isinstance(table, dict):
             raise CatalogueError(f"{prefix[:-1]} is {table!r}: use a table")
         self.prefix, self._remaining = prefix, dict(table)
 
-    def take(self, key: str, kind: type[T], default: object = _missing) -> T:
+    def take(self, key: str, kind: type[T], default: object = missing) -> T:
         value = self._remaining.pop(key, default)
-        if value is self._missing:
+        if value is self.missing:
             raise CatalogueError(f"{self.prefix}{key} is missing")
         if not isinstance(value, kind) or isinstance(value, bool):
             raise CatalogueError(f"{self.prefix}{key} is {value!r}: use a {kind.__name__}")
@@ -205,15 +213,20 @@ def _model(id: str, table: _Table) -> CatalogueEntry:
                 f"{table.prefix}formats has {dtype!r}: use some of {', '.join(DTYPES)}"
             )
     folder = table.take("folder", str, "")
+    hub = table.take("hub", str, "")
+    # The files of a model of the hub describe it, so that its entry may be short.
+    missing = _Table.missing
+    defaults = (list(_SERVES[kind]), hub[3:].split("/")[0], "", 0) if hub else (missing,) * 4
+    serves, publisher, text, number = defaults
     model = CatalogueEntry(
         id=id,
         kind=kind,
-        serves=tuple(table.take("serves", list)),
-        publisher=table.take("publisher", str),
-        licence=table.take("licence", str),
-        parameters=table.take("parameters", int),
-        context=table.take("context", int),
-        good_at=table.take("good_at", str),
+        serves=tuple(table.take("serves", list, serves)),
+        publisher=table.take("publisher", str, publisher),
+        licence=table.take("licence", str, text),
+        parameters=table.take("parameters", int, number),
+        context=table.take("context", int, number),
+        good_at=table.take("good_at", str, text),
         sampling=sampling,
         dtypes=tuple(dtypes),
         files=tuple(
@@ -221,10 +234,16 @@ def _model(id: str, table: _Table) -> CatalogueEntry:
             for i, file in enumerate(table.take("files", list, []))
         ),
         folder=PACKAGES / folder if folder else None,
+        hub=hub or None,
     )
     table.done()
-    if bool(model.files) == bool(folder):
-        raise CatalogueError(f"{table.prefix}files: name one or more files, or else a folder")
+    if bool(model.files) + bool(folder) + bool(hub) != 1:
+        raise CatalogueError(
+            f"{table.prefix}files: name one or more files, or else a folder, or else a name of the "
+            "hub (hf:OWNER/REPO)"
+        )
+    if hub and not hub.startswith("hf:"):
+        raise CatalogueError(f"{table.prefix}hub is {hub!r}: use hf:OWNER/REPO[@REVISION][:FILE]")
     return model
 
 

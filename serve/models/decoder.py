@@ -247,9 +247,10 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     """Return the spec of a decoder; see `Kind.describe`."""
     header = checkpoint.read_header(files.path)
     cfg = header.cfg
-    sha256 = files.entry.files[0].sha256 if files.entry else None
+    is_verified = files.entry is not None and bool(files.entry.files)
+    sha256 = files.entry.files[0].sha256 if files.entry and is_verified else None
     accepted_dtypes = files.entry.dtypes if files.entry else ()
-    if files.entry is None:  # an unchecked file: report damage before a server starts
+    if not is_verified:  # an unchecked file: report damage before a server starts
         checkpoint.check_tensors(files.path, header)
         read_tokenizer(files.path, header)
     defaults = {}

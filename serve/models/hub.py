@@ -1,84 +1,595 @@
-"""Models from the Hugging Face Hub: `hf:OWNER/REPO@REVISION`. Untested against the real hub.
+"""Models from the Hugging Face Hub: `hf:OWNER/REPO[@REVISION][:FILE]`.
 
-The package huggingface_hub, an optional dependency, downloads the files. Only files that cannot run
-code are fetched; a repository whose only weights are pickles is refused. A commit hash as revision
-means exact bytes; a branch name means its state at the time of the pull.
+The package huggingface_hub, an optional dependency, talks to the hub and owns the cache, which
+other programs share: files that it has already are not fetched again. A large file is fetched over
+HTTP into a partial file named after its hash, so that a later pull resumes it; it is renamed when
+its content has the hash that the hub lists. A record in the data folder says which commit and which
+files a name stands for; it keeps this meaning until it is pulled again.
+
+Only files that cannot run code are fetched. A repository whose only weights are pickles is refused.
 """
 
-import re
-import tempfile
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatch
-from pathlib import Path
+from __future__ import annotations
 
-from serve.exceptions import NotFound, Unreachable, WrongUsage
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import urlsplit
+
+from serve.exceptions import (
+    Corrupt,
+    DoesNotFit,
+    Failure,
+    Forbidden,
+    NotFound,
+    RateLimited,
+    Unreachable,
+    WrongUsage,
+)
+from serve.models import disk, hashes, json_cache
+from serve.models.disk import human_size
+from serve.models.hub_files import Candidate, RemoteFile, candidates, choose, select_files
 from serve.settings import make_private_folder
 
-_NAME = re.compile(r"hf:(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)@(?P<revision>[\w.-]+)")
-_ALLOWED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+if TYPE_CHECKING:
+    from transformer.checkpoint import Dtype
+
+PREFIX = "hf:"
+FORM = "hf:OWNER/REPO[@REVISION][:FILE]"
+DISK_MARGIN = 16 * 2**20  # bytes of disk to leave free
+MAX_WAIT = 60  # seconds that the hub may ask to wait before the next attempt
+MAX_ATTEMPTS = 5
+FETCHED_FILE = "fetched.json"  # the files in the cache that Pellucid put there
+RESUMABLE_BYTES = 2**20  # smaller files are fetched again from the start
+
+_NAME = re.compile(
+    r"hf:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<file>.+))?",
+    re.ASCII,
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+T = TypeVar("T")
+Notify = Callable[[str], None]
+Progress = Callable[[int, int], None]
 
 
-def pull(name: str, home: Path, *, notify: Callable[[str], None]) -> Path:
-    """Download a repository's safetensors and tokenizer files, and return their folder.
+# --- names and records ------------------------------------------------------------------------
 
-    Args:
-        name: `hf:OWNER/REPO@REVISION`.
-        home: the data folder.
-        notify: called with a line when the download starts.
+
+@dataclass(frozen=True)
+class HubName:
+    """The parts of `hf:OWNER/REPO[@REVISION][:FILE]`.
+
+    Attributes:
+        repo: `OWNER/REPO`.
+        revision: a branch, tag or commit; None for the default branch.
+        file: a file of the repository, or a quantization of its GGUF files such as `Q8_0`.
+    """
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+
+def parse(name: str) -> HubName:
+    """Return the parts of a name.
 
     Raises:
-        WrongUsage: the name has another form, or the repository has no safetensors.
-        NotFound: huggingface_hub is not installed.
-        Unreachable: the repository could not be fetched.
+        WrongUsage: the name has another form.
     """
     match = _NAME.fullmatch(name)
-    if match is None:
-        raise WrongUsage(f"{name!r} is not a hub model: use hf:OWNER/REPO@REVISION")
-    repo = f"{match['owner']}/{match['repo']}"
-    models = home / "models"
-    folder = models / f"hf--{match['owner']}--{match['repo']}--{match['revision']}"
-    if folder.is_dir():
-        return folder
+    if match is None or ".." in PurePosixPath(match["file"] or "").parts:
+        raise WrongUsage(f"{name!r} is not a name of the hub: use {FORM}")
+    return HubName(match["repo"], match["revision"], match["file"])
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a name stood for when it was pulled.
+
+    Attributes:
+        name: the name, as it was pulled.
+        id: the name of the repository, which is the id in the API.
+        commit: the commit that the revision stood for.
+        folder: the folder of the files in the cache of huggingface_hub.
+        main: the GGUF file (of several, the first); empty for a folder of safetensors.
+        files: the hash of each file: `sha256:HEX`, or `git:HEX` for a file that is not in LFS.
+        size: bytes of all files.
+        pulled_at: seconds since 1970.
+    """
+
+    name: str
+    id: str
+    commit: str
+    folder: str
+    main: str
+    files: Mapping[str, str]
+    size: int
+    pulled_at: float
+
+    @property
+    def publisher(self) -> str:
+        """Return the owner of the repository."""
+        return self.id.partition("/")[0]
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the GGUF file, or of the folder."""
+        return Path(self.folder, self.main)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Return the paths of all files."""
+        return [Path(self.folder, file) for file in self.files]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all files exist."""
+        return all(path.is_file() for path in self.paths)
+
+
+def records(home: Path) -> list[Record]:
+    """Return the records of pulled names, the newest first, without damaged ones."""
+    found = []
+    for path in (home / "hub").glob("hf*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found.append(Record(**json.loads(path.read_text("utf-8"))))
+    return sorted(found, key=lambda record: (-record.pulled_at, record.name))
+
+
+def find(name: str, home: Path) -> Record | None:
+    """Return the newest record of a name or of an id whose files exist."""
+    return next((r for r in records(home) if name in (r.name, r.id) and r.is_complete), None)
+
+
+def remove(record: Record, home: Path) -> int:
+    """Delete a record, and the files that Pellucid fetched for it.
+
+    Files that another record needs stay, and so do those that other programs put into the cache.
+
+    Returns:
+        The number of bytes that were freed.
+    """
+    _record_path(record.name, home).unlink(missing_ok=True)
+    disk.mark_changed(home)
+    return _delete_files(record, home)
+
+
+def _delete_files(record: Record, home: Path) -> int:
+    """Delete the files of a record that no longer exists; return the bytes freed."""
+    needed = {path for other in records(home) for path in other.paths}
+    needed_blobs = {path.resolve() for path in needed}
+    fetched = json_cache.read(home / "hub" / FETCHED_FILE)
+    pointers = {p: p.resolve() for p in record.paths if p.exists() and str(p.resolve()) in fetched}
+    freed = sum(b.stat().st_size for b in set(pointers.values()) - needed_blobs)
+    for pointer in pointers.keys() - needed:
+        pointer.unlink()
+    for blob in set(pointers.values()) - needed_blobs:
+        blob.unlink(missing_ok=True)
+    return freed
+
+
+def _record_path(name: str, home: Path) -> Path:
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]  # a name may be too long for a file
+    return home / "hub" / f"hf-{digest}.json"
+
+
+def verify(name: str, home: Path) -> Path:
+    """Compare the files of a pulled name with the hashes of its record, and return its path.
+
+    Raises:
+        NotFound: the name is not pulled.
+        Corrupt: a file was changed.
+    """
+    record = find(name, home)
+    if record is None:
+        raise NotFound(f"{name} is not pulled: run `pellucid pull {name}`")
+    for path, expected in zip(record.paths, record.files.values(), strict=True):
+        if hash_like(expected, path) != expected:
+            raise Corrupt(
+                f"{path} was changed since it was pulled: delete it, and run "
+                f"`pellucid pull {record.name}`"
+            )
+    return record.path
+
+
+# --- pulling ----------------------------------------------------------------------------------
+
+
+def pull(
+    name: str,
+    home: Path,
+    *,
+    notify: Notify,
+    progress: Progress = lambda done, total: None,
+    free_memory: int | None = None,
+) -> Record:
+    """Fetch what a name stands for now, as far as the cache lacks it, and record it.
+
+    If the hub cannot be reached, what the cache has of the repository is taken.
+
+    Args:
+        name: `hf:OWNER/REPO[@REVISION][:FILE]`.
+        home: the data folder.
+        notify: called with a line for each step.
+        progress: called with the bytes done and the total bytes. What it raises ends the pull.
+        free_memory: bytes of available memory; None to ask the system.
+
+    Raises:
+        WrongUsage: the name has another form, or the repository has only pickles.
+        NotFound: huggingface_hub is not installed, or the hub has no such repository, revision or
+            file.
+        Forbidden: the repository is gated, or the token is invalid.
+        RateLimited: the hub asks to wait for long.
+        Unreachable: the hub cannot be reached, and the cache does not have the model.
+        Corrupt: a file differs from the hash that the hub lists.
+        DoesNotFit: the model does not fit into memory, or the files not onto the disk.
+    """
+    wanted = parse(name)
     try:
-        import huggingface_hub
+        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     except ImportError:
         raise NotFound(
             f"{name} needs huggingface_hub: `.venv/bin/pip install -e '.[hub]'` installs it"
         ) from None
+    if not are_progress_bars_disabled():
+        disable_progress_bars()  # `progress` shows it
+    if free_memory is None:
+        from serve.models import memory
+
+        free_memory = memory.available()
     make_private_folder(home)
-    make_private_folder(models)
-    notify(f"pulling {name} (this source is untested)")
+    make_private_folder(home / "hub")
     try:
-        info = huggingface_hub.HfApi().model_info(repo, revision=match["revision"])
-        files = select_files(repo, [sibling.rfilename for sibling in info.siblings or []])
-        with tempfile.TemporaryDirectory(prefix=".pull-", dir=models) as temporary:
-            huggingface_hub.snapshot_download(
-                repo, revision=info.sha, allow_patterns=files, local_dir=temporary
-            )
-            # Leave an empty folder for TemporaryDirectory to remove.
-            Path(temporary).rename(folder)
-            Path(temporary).mkdir()
-    except (OSError, ValueError) as error:  # base classes of huggingface_hub's errors
-        raise Unreachable(f"{name} could not be pulled: {error}") from None
-    return folder
+        with _translate(name):
+            listing = _list_remote(wanted, notify)
+    except Unreachable as error:
+        listing = _list_cached(wanted)
+        if listing is None:
+            raise
+        notify(f"{error}; using commit {listing.commit[:8]} from {cache_folder()}")
+    options = candidates(listing.files, listing.bits)
+    if not options:
+        raise _no_weights(wanted.repo, [file.name for file in listing.files])
+    cached = [file.name for file in listing.files if _cached_path(listing, file)]
+    choice, dtype = choose(listing.repo, options, wanted.file, free_memory, cached)
+    notify(_explain(listing, options, choice, dtype, free_memory))
+    names = select_files(listing.repo, [file.name for file in listing.files], choice.weights)
+    files = [file for file in listing.files if file.name in names]
+    with (
+        disk.locked(home / "hub" / ".lock", lambda: notify("waiting for another pull")),
+        _translate(name),
+    ):
+        _fetch_all(listing, files, home, notify, progress)
+    old = next((r for r in records(home) if r.name == name), None)
+    record = Record(
+        name=name,
+        id=listing.repo,
+        commit=listing.commit,
+        folder=str(_repo_cache(listing.repo) / "snapshots" / listing.commit),
+        main=choice.weights[0] if choice.weights[0].endswith(".gguf") else "",
+        files={file.name: file.hash for file in files},
+        size=sum(file.size for file in files),
+        pulled_at=time.time(),
+    )
+    disk.replace_text(_record_path(name, home), json.dumps(dataclasses.asdict(record), indent=1))
+    disk.mark_changed(home)
+    if old is not None and old.paths != record.paths:
+        if old.commit != record.commit:
+            notify(f"{name} is now commit {record.commit[:8]}; it was {old.commit[:8]}")
+        _delete_files(old, home)
+    return record
 
 
-def select_files(repo: str, names: Iterable[str]) -> list[str]:
-    """Return the files of a repository to fetch.
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a repository at a commit; `bits` are those of a weight of its safetensors."""
 
-    Args:
-        repo: the name of the repository, for the message.
-        names: all its files.
+    repo: str
+    commit: str
+    files: Sequence[RemoteFile]
+    bits: float = 16
+
+
+def _list_remote(wanted: HubName, notify: Notify) -> _Listing:
+    """Ask the hub for the files of a repository."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    info = _patiently(
+        lambda: api.model_info(wanted.repo, revision=wanted.revision, files_metadata=True), notify
+    )
+    if info.id != wanted.repo:
+        notify(f"{wanted.repo} is now called {info.id}")
+    files = [
+        RemoteFile(
+            file.rfilename,
+            file.size or 0,
+            f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}",
+        )
+        for file in info.siblings or []
+    ]
+    total = info.safetensors.total if info.safetensors else 0
+    weights = next((c for c in candidates(files) if c.label == "safetensors"), None)
+    bits = 8 * weights.size / total if weights and total else 16
+    return _Listing(info.id, info.sha or "", files, bits)
+
+
+def _list_cached(wanted: HubName) -> _Listing | None:
+    """Return the files that the cache has of a repository, or None if it has none."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    revision = wanted.revision or "main"
+    try:
+        cache = scan_cache_dir(cache_folder())
+    except CacheNotFound:
+        return None
+    for repo in cache.repos:
+        if (repo.repo_type, repo.repo_id) != ("model", wanted.repo):
+            continue
+        for cached in repo.revisions:
+            if revision in cached.refs or cached.commit_hash == revision:
+                files = [
+                    RemoteFile(
+                        file.file_path.relative_to(cached.snapshot_path).as_posix(),
+                        file.size_on_disk,
+                        ("sha256:" if len(file.blob_path.name) == 64 else "git:")
+                        + file.blob_path.name,
+                    )
+                    for file in sorted(cached.files, key=lambda file: file.file_path)
+                ]
+                return _Listing(wanted.repo, cached.commit_hash, files)
+    return None
+
+
+def cache_folder() -> Path:
+    """Return the cache of huggingface_hub, which HF_HOME or HF_HUB_CACHE sets."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _repo_cache(repo: str) -> Path:
+    return cache_folder() / f"models--{repo.replace('/', '--')}"
+
+
+def _cached_path(listing: _Listing, file: RemoteFile) -> Path | None:
+    """Return the path of a file in the cache, if it has this size."""
+    path = _repo_cache(listing.repo) / "snapshots" / listing.commit / file.name
+    return path if path.is_file() and path.stat().st_size == file.size else None
+
+
+def _explain(
+    listing: _Listing, options: Sequence[Candidate], choice: Candidate, dtype: Dtype, free: int
+) -> str:
+    """Return a sentence that says which weights were chosen, and why."""
+    names = [option.label for option in options if option is not choice]
+    others = f"; it also has {', '.join(names)} (name one after a colon)" if names else ""
+    return (
+        f"{listing.repo} {listing.commit[:8]}: {choice.label}, {human_size(choice.size)}, needs "
+        f"{human_size(choice.memory(dtype))} of {human_size(free)} of memory in {dtype}{others}"
+    )
+
+
+def _no_weights(repo: str, names: Sequence[str]) -> WrongUsage:
+    pickles = [name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLES)]
+    if not pickles:
+        return WrongUsage(f"{repo} has neither model.safetensors nor GGUF files")
+    from transformer.checkpoint.safetensors import conversion_command
+
+    return WrongUsage(
+        f"{repo} has only pickles ({pickles[0]}), which can run any code when they are loaded. "
+        f"Download it with `hf download {repo} --local-dir FOLDER`, and convert it in an isolated "
+        f"environment: {conversion_command(Path('FOLDER'))}"
+    )
+
+
+def _fetch_all(
+    listing: _Listing,
+    files: Sequence[RemoteFile],
+    home: Path,
+    notify: Notify,
+    progress: Progress,
+) -> None:
+    """Fetch the files that the cache lacks."""
+    missing = [file for file in files if _cached_path(listing, file) is None]
+    if len(missing) < len(files):
+        notify(f"{len(files) - len(missing)} of {len(files)} files are in {cache_folder()} already")
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    needed = sum(file.size for file in missing) + DISK_MARGIN
+    if (free := shutil.disk_usage(cache_folder()).free) < needed:
+        raise DoesNotFit(
+            f"{cache_folder()} has {human_size(free)} of free disk space, and {listing.repo} needs "
+            f"{human_size(needed)}: free some space, or set HF_HOME to a folder on another disk"
+        )
+    total, done = sum(file.size for file in missing), 0
+    for file in missing:
+        path = _fetch(listing, file, notify, lambda n, start=done: progress(start + n, total))
+        done += file.size
+        progress(done, total)
+        json_cache.add(home / "hub" / FETCHED_FILE, str(path.resolve()), file.size)
+        if file.hash.startswith("sha256:"):
+            hashes.record(path, home, file.hash.removeprefix("sha256:"))
+
+
+def _fetch(
+    listing: _Listing, file: RemoteFile, notify: Notify, progress: Callable[[int], None]
+) -> Path:
+    """Fetch a file into the cache and return its path.
 
     Raises:
-        WrongUsage: the repository has no safetensors.
+        Corrupt: it has another hash than the hub lists.
     """
-    names = list(names)
-    top = [name for name in names if "/" not in name and name.endswith(_ALLOWED_SUFFIXES)]
-    top += [name for name in names if fnmatch(name, "additional_chat_templates/*.jinja")]
-    if not any(name.endswith(".safetensors") for name in top):
-        raise WrongUsage(
-            f"{repo} holds no .safetensors weights. Pickles (.bin, .pt) are refused: "
-            "they can run any program when they are loaded"
+    from huggingface_hub import hf_hub_download
+
+    is_large = file.size >= RESUMABLE_BYTES
+    if is_large:
+        _fetch_blob(listing, file, notify, progress)
+    path = Path(
+        _patiently(
+            lambda: hf_hub_download(listing.repo, file.name, revision=listing.commit), notify
         )
-    return top
+    )
+    if not is_large and hash_like(file.hash, path) != file.hash:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise _wrong_hash(listing, file)
+    return path
+
+
+def _fetch_blob(
+    listing: _Listing, file: RemoteFile, notify: Notify, progress: Callable[[int], None]
+) -> None:
+    """Fetch the content of a large file to its place in the cache, after what is there of it.
+
+    huggingface_hub deletes a partial file when a download ends early, so this file calls only its
+    lower level, which resumes.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(listing.repo, file.name, revision=listing.commit)
+    metadata = _patiently(lambda: get_hf_file_metadata(url), notify)
+    blobs = _repo_cache(listing.repo) / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    blob, partial = blobs / str(metadata.etag), blobs / f"{metadata.etag}.pellucid"
+    if blob.is_file() and blob.stat().st_size == file.size:
+        return
+    blob.unlink(missing_ok=True)  # of another size: damaged
+    if partial.is_file() and partial.stat().st_size > file.size:
+        partial.unlink()
+    headers = build_hf_headers()
+    if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # the storage behind the hub must not see the token
+    with _CountingFile(partial, progress) as out:
+        if start := out.tell():
+            notify(f"resuming {file.name} after {human_size(start)}")
+        http_get(
+            metadata.location,
+            cast(Any, out),
+            resume_size=start,
+            headers=headers,
+            expected_size=file.size,
+        )
+    if hash_like(file.hash, partial) != file.hash:
+        partial.unlink()
+        raise _wrong_hash(listing, file)
+    disk.flush(partial)
+    partial.rename(blob)
+
+
+class _CountingFile(io.FileIO):
+    """A file to append to, which reports its size after each write."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None]):
+        super().__init__(path, "ab")
+        self._progress = progress
+
+    def write(self, data: Any, /) -> int:
+        """Write all of `data`."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[super().write(rest) :]
+        self._progress(self.tell())
+        return len(data)
+
+
+def hash_like(expected: str, path: Path) -> str:
+    """Return the hash of a file, of the same kind as an `expected` one of a listing."""
+    if expected.startswith("sha256:"):
+        with path.open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    content = path.read_bytes()
+    digest = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    return f"git:{digest.hexdigest()}"
+
+
+def _wrong_hash(listing: _Listing, file: RemoteFile) -> Corrupt:
+    return Corrupt(
+        f"{file.name} of {listing.repo} is not the file that the hub lists ({file.hash}): it was "
+        "deleted; pull it again"
+    )
+
+
+def _patiently(call: Callable[[], T], notify: Notify) -> T:
+    """Return the result of a request, which is repeated when the hub asks to wait for a while."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for _ in range(MAX_ATTEMPTS - 1):
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            seconds = error.response.headers.get("retry-after", "")
+            if error.response.status_code not in (429, 503) or not seconds.isdigit():
+                raise
+            if int(seconds) > MAX_WAIT:
+                raise
+            notify(f"the hub asks to wait {seconds} s")
+            time.sleep(int(seconds))
+    return call()
+
+
+@contextlib.contextmanager
+def _translate(name: str) -> Iterator[None]:
+    """Raise the errors of huggingface_hub in the block as those of Pellucid."""
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as error:
+        if (failure := _failure(name, error)) is None:
+            raise
+        raise failure from None
+
+
+def _failure(name: str, error: BaseException) -> Failure | None:
+    """Return the failure that reports an error of huggingface_hub; None for any other error."""
+    from huggingface_hub import constants, errors
+
+    repo, end = parse(name).repo, constants.ENDPOINT
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _failure(name, error.__cause__)
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    match error:
+        case errors.GatedRepoError() | errors.DisabledRepoError():
+            return Forbidden(
+                f"{repo} is gated: accept its terms at {end}/{repo}, and set HF_TOKEN to a token "
+                "of your account"
+            )
+        case errors.RepositoryNotFoundError():
+            return NotFound(
+                f"{end} has no repository {repo}: check the name; a private one needs HF_TOKEN"
+            )
+        case errors.RevisionNotFoundError():
+            return NotFound(f"{repo} has no revision {parse(name).revision!r}")
+        case errors.OfflineModeIsEnabled():
+            return Unreachable(
+                f"{name} is not in {cache_folder()}, and HF_HUB_OFFLINE forbids to fetch it"
+            )
+        case errors.HFValidationError():
+            return WrongUsage(f"{name!r} is not a name of the hub: {error}")
+        case errors.HfHubHTTPError() if status in (401, 403):
+            return Forbidden(f"{end} refuses the token for {repo} ({status}): check HF_TOKEN")
+        case errors.HfHubHTTPError() if status == 429:
+            return RateLimited(f"{end} answers too many requests for {repo}: try again later")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return DoesNotFit(f"the disk of {cache_folder()} is full: free some space")
+        case OSError() | ValueError() | errors.HTTPError():  # pyright: ignore[reportPrivateImportUsage]
+            return Unreachable(f"{name} could not be pulled from {end}: {_first_line(error)}")
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from serve.exceptions import Corrupt, DoesNotFit, NotFound, Unreachable, WrongUsage
-from serve.models import catalogue, download, hub
+from serve.models import catalogue, download
 from serve.models.catalogue import CatalogueEntry, ModelFile, Part
 from serve.models.spec import ModelFiles
 from tests.naming import names, naming
@@ -256,16 +256,9 @@ def test_resolve_model_accepts_name_with_path_and_explains_other_names(
         resolve("smollm2-135m-instrct")
     with pytest.raises(WrongUsage, match=naming("'a b'")):
         resolve(f"a b={gguf}")
-    with pytest.raises(WrongUsage, match="hf:OWNER/REPO@REVISION"):
-        resolve("hf:owner/repo")
-
-
-def test_select_files_excludes_pickles() -> None:
-    safe = ["config.json", "model.safetensors", "tokenizer.json"]
-    safe.append("additional_chat_templates/tool_use.jinja")
-    assert hub.select_files("a/b", [*safe, "pytorch_model.bin", "README.md", "x/y.json"]) == safe
-    with pytest.raises(WrongUsage, match=naming("a/b", ".bin", ".safetensors")):
-        hub.select_files("a/b", ["config.json", "pytorch_model.bin"])
+    for name in ("hf:owner", "mine=hf:owner"):
+        with pytest.raises(WrongUsage):
+            resolve(name)
 
 
 def test_pull_several_files_of_one_wheel_downloads_once(

@@ -9,6 +9,7 @@ file.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 from transformer.checkpoint.gguf import LazyTensor
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLES = tuple(f"*{suffix}" for suffix in _PICKLE_SUFFIXES)
 
 
 def read(
@@ -54,6 +56,27 @@ def read(
     return config, tensors
 
 
+def conversion_command(path: Path) -> str:
+    """Return the command that converts pickled weights of PyTorch to safetensors.
+
+    It needs torch, whose `weights_only` unpickles tensors and nothing else. Tied weights are stored
+    twice.
+
+    Args:
+        path: A pickle, or a folder with one or several.
+    """
+    pattern = f"{path}/*.bin" if path.suffix not in _PICKLE_SUFFIXES else str(path)
+    folder = path.parent if path.suffix in _PICKLE_SUFFIXES else path
+    code = (
+        "import glob, torch; from safetensors.torch import save_file; "
+        f"w = {{k: v for f in sorted(glob.glob({pattern!r})) "
+        "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; "
+        "save_file({k: v.clone().contiguous() for k, v in w.items()}, "
+        f"{str(folder / 'model.safetensors')!r}, {{'format': 'pt'}})"
+    )
+    return f"python -c {shlex.quote(code)}"
+
+
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
     """Return `model.safetensors` if it exists, else the shards of the index and their tensors.
 
@@ -66,7 +89,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         if pickles := [p.name for glob in _PICKLES for p in folder.glob(glob)]:
             raise ValueError(
                 f"{folder}: has only pickled weights ({pickles[0]}), which are never opened "
-                "because unpickling runs code from the file; convert them to safetensors first"
+                "because unpickling runs code from the file; convert them in an isolated "
+                f"environment: {conversion_command(folder)}"
             )
         others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
         raise FileNotFoundError(

@@ -1,0 +1,181 @@
+"""The choice of the weights that a repository offers: safetensors, or a quantization as GGUF.
+
+Weights in memory have 8, 16 or 32 bits, whatever the file has. So fewer than 8 bits in a file save
+disk and no memory, and more bits than fit into memory are of no use: `choose` takes the most
+precise file that fits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from serve.exceptions import DoesNotFit, NotFound
+from serve.models.disk import human_size
+
+if TYPE_CHECKING:  # imports JAX
+    from transformer.checkpoint import Dtype
+
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
+# The modules of sentence-transformers, such as 1_Pooling/config.json.
+_MODULE_FILES = ("[0-9]_*/*.json", "[0-9]_*/*.safetensors")
+_WEIGHT_INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.(gguf|safetensors)")
+_QUANTIZATION = re.compile(
+    r"(?<![A-Z0-9])(I?Q\d(_[A-Z0-9]+)*|TQ\d_\d|MXFP4(_MOE)?|NVFP4|BF16|F16|FP16|F32|FP32)(?![A-Z0-9])"
+)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its size, and its hash as in `Record.files`."""
+
+    name: str
+    size: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that a repository offers.
+
+    Attributes:
+        label: "safetensors", or the quantization of a GGUF file.
+        weights: the files of the weights; of a split GGUF file in order.
+        size: their bytes.
+        bits: bits a weight, approximately.
+    """
+
+    label: str
+    weights: tuple[str, ...]
+    size: int
+    bits: float
+
+    @property
+    def dtype(self) -> Dtype:
+        """Return the narrowest dtype that keeps the precision of the file."""
+        return "float32" if self.bits > 16 else "bfloat16" if self.bits > 9 else "int8"
+
+    def memory(self, dtype: Dtype) -> int:
+        """Return the bytes that the model needs in a dtype, without its KV cache."""
+        from serve.models.dtypes import BYTES_PER_WEIGHT, WORKING_MEMORY
+
+        return int(self.size * 8 / self.bits * BYTES_PER_WEIGHT[dtype]) + WORKING_MEMORY
+
+
+def candidates(files: Iterable[RemoteFile], bits: float = 16) -> list[Candidate]:
+    """Return the weights among the files of a repository.
+
+    Args:
+        files: all files of the repository.
+        bits: bits a weight of the safetensors.
+    """
+    sizes = {file.name: file.size for file in files}
+    found = []
+    top = [name for name in sizes if "/" not in name]
+    single = [name for name in top if name == "model.safetensors"]
+    shards = sorted(name for name in top if fnmatch(name, "model-*-of-*.safetensors"))
+    if weights := single or shards:
+        size = sum(sizes[name] for name in weights)
+        found.append(Candidate("safetensors", tuple(weights), size, bits))
+    groups: dict[str, list[str]] = {}
+    for name in sorted(sizes):
+        if name.endswith(".gguf") and not re.search("mmproj|imatrix", name, re.IGNORECASE):
+            split = _SPLIT.fullmatch(name)
+            groups.setdefault(split["stem"] if split else name, []).append(name)
+    for stem, weights in groups.items():
+        labels = _QUANTIZATION.findall(stem.upper())
+        label = labels[-1][0] if labels else "gguf"
+        size = sum(sizes[name] for name in weights)
+        found.append(Candidate(label, tuple(weights), size, _bits(label)))
+    return found
+
+
+def _bits(label: str) -> float:
+    """Return the bits a weight of a quantization, approximately: its blocks store scales, too."""
+    if label.endswith("32"):
+        return 32
+    if label.endswith("16"):
+        return 16
+    digit = re.search(r"\d", label)
+    return float(digit[0]) + 0.5 if digit else 4.5
+
+
+def choose(
+    repo: str, options: Sequence[Candidate], file: str | None, free: int, cached: Iterable[str] = ()
+) -> tuple[Candidate, Dtype]:
+    """Return the weights to use, and the widest dtype in which they are known to fit.
+
+    Weights in memory have 8, 16 or 32 bits. So the choice is the most precise file whose precision
+    fits into memory; if none does, the smallest that keeps 8 bits. Of equally precise ones it is
+    that in the cache, and then safetensors.
+
+    Args:
+        repo: the name of the repository, for messages.
+        options: the weights of the repository.
+        file: the file or quantization that the user named.
+        free: bytes of available memory.
+        cached: the files that the cache has already.
+
+    Raises:
+        NotFound: the repository does not have `file`.
+        DoesNotFit: the model does not fit into memory in any dtype.
+    """
+    if file is not None:
+        wanted = file.lower()
+        options = [
+            option
+            for option in options
+            if wanted == option.label.lower()
+            or any(wanted in (w.lower(), PurePosixPath(w).name.lower()) for w in option.weights)
+        ] or _no_such_file(repo, file, options)
+    cached = set(cached)
+
+    def preference(option: Candidate) -> tuple[bool, bool, float, bool, int]:
+        fits = option.memory(option.dtype) <= free
+        bits = min(option.bits, 32) if fits else -abs(option.bits - 8)
+        return fits, cached.issuperset(option.weights), bits, option.label == "safetensors", -1
+
+    best = max(options, key=preference)
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")
+    start = dtypes.index(best.dtype)
+    for dtype in dtypes[start:]:
+        if best.memory(dtype) <= free:
+            return best, dtype
+    raise DoesNotFit(
+        f"{repo} needs {human_size(best.memory('int8'))} of memory in int8, and "
+        f"{human_size(free)} are available: choose a smaller model"
+    )
+
+
+def _no_such_file(repo: str, file: str, options: Sequence[Candidate]) -> list[Candidate]:
+    names = ", ".join(f"{o.label} ({o.weights[0]})" for o in options)
+    raise NotFound(f"{repo} has no weights {file!r}: it has {names}")
+
+
+def select_files(repo: str, names: Iterable[str], weights: Iterable[str]) -> list[str]:
+    """Return the files to fetch with the weights: configuration, tokenizer and templates.
+
+    A GGUF file needs no other file.
+
+    Args:
+        repo: the name of the repository, for the message.
+        names: all its files.
+        weights: the files of the weights.
+    """
+    weights = list(weights)
+    if weights[0].endswith(".gguf"):
+        return weights
+    patterns = (*_SIDE_FILES, *_MODULE_FILES)
+    side = [
+        name
+        for name in names
+        if any(fnmatch(name, p) and p.count("/") == name.count("/") for p in patterns)
+    ]
+    index = [n for n in side if any(fnmatch(n, p) for p in _WEIGHT_INDEXES)]
+    kept = ["model.safetensors.index.json"] if len(weights) > 1 else []
+    return [name for name in side if name not in index or name in kept] + weights

@@ -1,0 +1,449 @@
+"""Models of the hub: the real client against a stand-in of the hub on loopback."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve.exceptions import (
+    Corrupt,
+    DoesNotFit,
+    Forbidden,
+    NotFound,
+    RateLimited,
+    Unreachable,
+    WrongUsage,
+)
+from serve.models import hub, hub_files
+from serve.models.hub import HubName
+from serve.models.hub_files import Candidate, RemoteFile
+from tests import hub_server
+from tests.hub_server import Hub
+from tests.serve import processes
+
+pytestmark = pytest.mark.heavy
+
+GB = 10**9
+REPO = "someone/tiny"
+WEIGHTS = b"weights " * 60_000  # fetched in several chunks
+FILES = {
+    "README.md": b"# a model",
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "model.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"\x80\x04",
+    "onnx/model.onnx": b"ONNX",
+    "1_Pooling/config.json": b"{}",
+    "additional_chat_templates/tool_use.jinja": b"x",
+}
+GGUF_FILES = {f"tiny-{name}.gguf": b"GGUF" + name.encode() for name in ("Q4_K_M", "Q8_0", "F16")}
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Run a stand-in of the hub, and point the client of this process to it."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
+    with hub_server.serve_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+        monkeypatch.setattr(hub, "RESUMABLE_BYTES", 1000)
+        yield server
+        close_session()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def pull(name: str, home: Path, *, lines: list[str] | None = None, **options) -> hub.Record:
+    notify = print if lines is None else lines.append
+    return hub.pull(name, home, notify=notify, **{"free_memory": 8 * GB, **options})
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hf:a/b", HubName("a/b")),
+        ("hf:a/b.c-D_1", HubName("a/b.c-D_1")),
+        ("hf:a/b@v1.0", HubName("a/b", "v1.0")),
+        ("hf:a/b@refs/pr/4:x/y-Q4.gguf", HubName("a/b", "refs/pr/4", "x/y-Q4.gguf")),
+        ("hf:a/b:Q8_0", HubName("a/b", None, "Q8_0")),
+    ],
+)
+def test_parse_returns_parts(name: str, expected: HubName) -> None:
+    assert hub.parse(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hf:", "hf:b", "hf:a/b/c", "hf:a/b@", "hf:a/b:", "hf:../b", "hf:a/..", "hf:a/b:../../x", "a/b",
+     "hf:a b/c", "hf:https://x/y", "hf:ä/b"],
+)  # fmt: skip
+def test_parse_other_forms_raises_wrong_usage(name: str) -> None:
+    with pytest.raises(WrongUsage):
+        hub.parse(name)
+
+
+# --- choosing ---------------------------------------------------------------------------------
+
+
+def option(label: str, billions: float = 1) -> Candidate:
+    bits = 16 if label == "safetensors" else hub_files._bits(label)
+    return Candidate(label, (f"x-{label}.gguf",), int(billions * GB * bits / 8), bits)
+
+
+ALL = [option(label) for label in ("safetensors", "F32", "F16", "Q8_0", "Q6_K", "Q4_K_M", "IQ2_XS")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "free", "chosen", "dtype"),
+    [
+        ("all", 10, "F32", "float32"),  # a file of float32 counts if float32 fits
+        ("all", 4, "safetensors", "bfloat16"),
+        ("all", 2, "Q8_0", "int8"),  # 16 bits in memory do not fit, so 16 bits on disk are waste
+        ("F16 Q8_0 Q4_K_M", 4, "F16", "bfloat16"),
+        ("Q6_K Q4_K_M", 10, "Q6_K", "int8"),
+        ("Q4_K_M IQ2_XS", 2, "Q4_K_M", "int8"),
+        ("safetensors", 2, "safetensors", "int8"),
+        ("F32 F16", 2, "F16", "int8"),
+    ],
+)
+def test_choose_takes_the_most_precise_that_fits(labels, free, chosen, dtype) -> None:
+    options = [o for o in ALL if labels == "all" or o.label in labels.split()]
+    choice, fitting = hub_files.choose("a/b", options, None, free * GB)
+    assert (choice.label, fitting) == (chosen, dtype)
+
+
+def test_choose_too_large_raises_does_not_fit() -> None:
+    with pytest.raises(DoesNotFit):
+        hub_files.choose("a/b", [option("Q4_K_M", 8)], None, 2 * GB)
+
+
+def test_choose_prefers_what_the_cache_has() -> None:
+    choice, _ = hub_files.choose("a/b", ALL, None, 10 * GB, cached=["x-Q4_K_M.gguf"])
+    assert choice.label == "Q4_K_M"
+
+
+def test_choose_named_file_or_quantization() -> None:
+    options = hub_files.candidates(
+        RemoteFile(name, 10, "") for name in [*GGUF_FILES, "sub/y-Q5_K_S.gguf"]
+    )
+    for wanted in ("Q5_K_S", "q5_k_s", "sub/y-Q5_K_S.gguf", "y-Q5_K_S.gguf"):
+        choice, _ = hub_files.choose("a/b", options, wanted, 8 * GB)
+        assert choice.weights == ("sub/y-Q5_K_S.gguf",)
+    with pytest.raises(NotFound):
+        hub_files.choose("a/b", options, "Q3_K", 8 * GB)
+
+
+def test_candidates_of_publishers_layouts() -> None:
+    files = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "consolidated.safetensors",  # Mistral's second copy
+        "mmproj-F16.gguf",
+        "imatrix.gguf",
+        "tiny.Q8_0.gguf",
+        "tiny-iq4_xs.gguf",
+        "BF16/tiny-BF16-00001-of-00002.gguf",
+        "BF16/tiny-BF16-00002-of-00002.gguf",
+        "Q8_0-tiny.gguf",
+        "plain.gguf",
+    ]
+    found = {
+        c.label: len(c.weights) for c in hub_files.candidates(RemoteFile(f, 1, "") for f in files)
+    }
+    assert found == {"safetensors": 2, "Q8_0": 1, "IQ4_XS": 1, "BF16": 2, "gguf": 1}
+    selected = hub_files.select_files("a/b", files, files[:2])
+    assert set(selected) == set(files[:3])
+
+
+# --- pulling ----------------------------------------------------------------------------------
+
+
+def test_pull_safetensors_fetches_what_is_needed_and_records_the_commit(server, home) -> None:
+    commit = server.commit(REPO, FILES)
+    progress: list[tuple[int, int]] = []
+    record = pull(f"hf:{REPO}", home, progress=lambda *p: progress.append(p))
+    assert (record.id, record.publisher, record.commit) == (REPO, "someone", commit)
+    assert names_in(record.path) == {
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "1_Pooling/config.json",
+        "additional_chat_templates/tool_use.jinja",
+    }
+    assert (record.path / "model.safetensors").read_bytes() == WEIGHTS
+    assert progress == sorted(progress) and progress[-1][0] == progress[-1][1] == record.size
+    assert len(progress) > 10, "large files report their progress"
+    assert hub.find(f"hf:{REPO}", home) == record == hub.find(REPO, home)
+
+
+def test_pull_gguf_fetches_one_quantization(server, home) -> None:
+    server.commit(REPO, GGUF_FILES)
+    lines: list[str] = []
+    record = pull(f"hf:{REPO}", home, lines=lines)
+    assert record.path.name == "tiny-F16.gguf" and len(server.sent) == 1
+    assert all(
+        word in lines[0] for word in ("F16", "bfloat16", "Q8_0", "Q4_K_M", record.commit[:8])
+    )
+    assert pull(f"hf:{REPO}:q4_k_m", home).path.name == "tiny-Q4_K_M.gguf"
+    assert hub.find(f"hf:{REPO}", home) == record
+    assert hub.find(REPO, home).path.name == "tiny-Q4_K_M.gguf", "an id means the newest"
+
+
+def test_pull_again_fetches_nothing_until_the_branch_moves(server, home) -> None:
+    """A file that changes under its name gets a new commit, and the old files are deleted."""
+    server.commit(REPO, FILES)
+    first = pull(f"hf:{REPO}", home)
+    count = len(server.sent)
+    assert pull(f"hf:{REPO}", home).commit == first.commit
+    assert len(server.sent) == count
+    changed = server.commit(REPO, {**FILES, "model.safetensors": WEIGHTS + b"!"})
+    assert hub.find(f"hf:{REPO}", home) == first or not server.sent[count:]
+    lines: list[str] = []
+    second = pull(f"hf:{REPO}", home, lines=lines)
+    assert second.commit == changed and any(changed[:8] in line for line in lines)
+    assert (second.path / "model.safetensors").read_bytes() == WEIGHTS + b"!"
+    assert server.sent[count:].count("config.json") == 0, "it is unchanged"
+    assert not first.is_complete and second.is_complete
+    assert pull(f"hf:{REPO}@{first.commit}", home).path == first.path, "old commits remain"
+
+
+def test_pull_interrupted_transfer_goes_on_where_it_broke_off(server, home) -> None:
+    server.commit(REPO, FILES)
+    server.cuts, server.cut_after = 1, 100_000
+    record = pull(f"hf:{REPO}", home)
+    assert (record.path / "model.safetensors").read_bytes() == WEIGHTS
+    ranges = [r for r in server.requests if r.startswith("GET /storage/")]
+    assert ranges == ["GET /storage/all", "GET /storage/bytes=100000-"]
+
+
+def test_pull_after_a_stopped_pull_resumes(server, home) -> None:
+    server.commit(REPO, FILES)
+
+    def stop(done: int, total: int) -> None:
+        if done > 200_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(f"hf:{REPO}", home, progress=stop)
+    assert hub.find(f"hf:{REPO}", home) is None, "nothing half-fetched is visible"
+    lines: list[str] = []
+    record = pull(f"hf:{REPO}", home, lines=lines)
+    assert (record.path / "model.safetensors").read_bytes() == WEIGHTS
+    ranges = [r for r in server.requests if r.startswith("GET /storage/")]
+    assert ranges[0] == "GET /storage/all" and len(ranges) == 2
+    assert int(ranges[1].split("=")[1][:-1]) > 190_000
+
+
+def test_pull_damaged_file_raises_corrupt_and_leaves_nothing(server, home) -> None:
+    server.commit(REPO, FILES)
+    server.damaged = True
+    with pytest.raises(Corrupt):
+        pull(f"hf:{REPO}", home)
+    assert hub.find(REPO, home) is None
+    server.damaged = False
+    assert (pull(f"hf:{REPO}", home).path / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_pull_takes_what_the_cache_has(server, home) -> None:
+    from huggingface_hub import hf_hub_download
+
+    server.commit(REPO, GGUF_FILES)
+    cached = hf_hub_download(REPO, "tiny-Q4_K_M.gguf")
+    count = len(server.sent)
+    record = pull(f"hf:{REPO}", home)
+    assert str(record.path) == cached and len(server.sent) == count
+    assert hub.remove(record, home) == 0
+    assert Path(cached).is_file(), "another program fetched it"
+
+
+def test_remove_deletes_what_was_fetched(server, home) -> None:
+    server.commit(REPO, FILES)
+    record = pull(f"hf:{REPO}", home)
+    other = pull(f"hf:{REPO}@main", home)
+    assert hub.remove(record, home) == 0 and other.is_complete, "another name needs the files"
+    assert hub.remove(other, home) >= len(WEIGHTS)
+    assert hub.records(home) == []
+    assert names_in(hub.cache_folder() / "models--someone--tiny" / "blobs") == set()
+
+
+def test_verify_changed_file_raises_corrupt(server, home) -> None:
+    server.commit(REPO, FILES)
+    record = pull(f"hf:{REPO}", home)
+    assert hub.verify(REPO, home) == record.path
+    for name in ("config.json", "model.safetensors"):
+        data = (record.path / name).read_bytes()
+        (record.path / name).write_bytes(data[:-1] + b"?")
+        with pytest.raises(Corrupt):
+            hub.verify(REPO, home)
+        (record.path / name).write_bytes(data)
+    with pytest.raises(NotFound):
+        hub.verify("hf:someone/other", home)
+
+
+def test_pull_renamed_repository_has_its_new_name(server, home) -> None:
+    server.commit("new/name", FILES)
+    server.renamed["old/name"] = "new/name"
+    lines: list[str] = []
+    record = pull("hf:old/name", home, lines=lines)
+    assert record.id == "new/name" and "new/name" in lines[0]
+    assert hub.find("hf:old/name", home) == record == hub.find("new/name", home)
+
+
+def test_pull_sends_the_token_to_the_hub_only(server, home, monkeypatch) -> None:
+    server.commit(REPO, FILES)
+    server.repositories[REPO].private = True
+    with pytest.raises(NotFound):
+        pull(f"hf:{REPO}", home)
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    assert pull(f"hf:{REPO}", home).is_complete
+    assert server.tokens and set(server.tokens) == {None}
+
+
+def test_pull_refused_token_raises_forbidden(server, home, monkeypatch) -> None:
+    server.commit(REPO, FILES)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(Forbidden):
+        pull(f"hf:{REPO}", home)
+
+
+@pytest.mark.parametrize("token", [None, hub_server.TOKEN])
+def test_pull_gated_raises_forbidden(server, home, monkeypatch, token) -> None:
+    server.commit(REPO, FILES)
+    server.repositories[REPO].gated = True
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(Forbidden):
+        pull(f"hf:{REPO}", home)
+
+
+@pytest.mark.parametrize("token", [None, hub_server.TOKEN])
+@pytest.mark.parametrize("name", ["hf:nobody/nothing", f"hf:{REPO}@nowhere", f"hf:{REPO}:Q2_K"])
+def test_pull_missing_raises_not_found(server, home, monkeypatch, name, token) -> None:
+    server.commit(REPO, FILES)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(NotFound):
+        pull(name, home)
+
+
+def test_pull_pickles_only_raises_wrong_usage(server, home) -> None:
+    server.commit(REPO, {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04"})
+    with pytest.raises(WrongUsage, match="save_file"):
+        pull(f"hf:{REPO}", home)
+    assert server.sent == []
+    server.commit(REPO, {"README.md": b""})
+    with pytest.raises(WrongUsage):
+        pull(f"hf:{REPO}", home)
+
+
+def test_pull_too_large_raises_does_not_fit_before_fetching(server, home, monkeypatch) -> None:
+    server.commit(REPO, FILES)
+    with pytest.raises(DoesNotFit):
+        pull(f"hf:{REPO}", home, free_memory=1000)
+    monkeypatch.setattr(hub, "DISK_MARGIN", 10**18)
+    with pytest.raises(DoesNotFit):
+        pull(f"hf:{REPO}", home)
+    assert server.sent == []
+
+
+def test_pull_waits_when_the_hub_asks_for_it(server, home) -> None:
+    server.commit(REPO, FILES)
+    server.rate_limited = 2
+    lines: list[str] = []
+    assert pull(f"hf:{REPO}", home, lines=lines).is_complete
+    assert len(lines) > 2
+
+
+def test_pull_long_rate_limit_raises(server, home) -> None:
+    server.commit(REPO, FILES)
+    server.rate_limited, server.retry_after = 10**6, 3600
+    with pytest.raises(RateLimited):
+        pull(f"hf:{REPO}", home)
+
+
+def test_pull_offline_takes_the_cache_or_raises(server, home, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    server.commit(REPO, FILES)
+    record = pull(f"hf:{REPO}", home)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    count = len(server.requests)
+    hub._record_path(record.name, home).unlink()
+    (record.path / "README.md").write_text("of another program")
+    again = pull(f"hf:{REPO}@{record.commit}", home)
+    assert (again.path, again.files) == (record.path, record.files)
+    with pytest.raises(Unreachable):
+        pull("hf:someone/else", home)
+    assert len(server.requests) == count
+
+
+def test_pull_unreachable_hub_raises(server, home, monkeypatch, refused_url) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", refused_url)
+    with pytest.raises(Unreachable):
+        pull(f"hf:{REPO}", home)
+
+
+def test_pull_from_a_server_that_is_no_hub_raises(server, home, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", server.storage_url)
+    with pytest.raises((Unreachable, NotFound)):
+        pull(f"hf:{REPO}", home)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def run(server: Hub, tmp_path: Path, *arguments: str, **variables: str):
+    environment = processes.environment(
+        **hub_server.variables(server, tmp_path / "hf"),
+        PELLUCID_HOME=str(tmp_path / "home"),
+        **variables,
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "serve", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=processes.TIMEOUT,
+    )
+
+
+def test_pull_command_honours_the_variables_of_the_hub(tmp_path: Path) -> None:
+    with hub_server.serve_hub() as server:
+        server.commit(REPO, FILES)
+        server.repositories[REPO].private = True
+        done = run(server, tmp_path, "pull", f"hf:{REPO}")
+        assert done.returncode == 3
+        done = run(server, tmp_path, "pull", f"hf:{REPO}", HF_TOKEN=hub_server.TOKEN)
+        assert done.returncode == 0, done.stderr
+        path = Path(done.stdout.strip())
+        assert path.is_relative_to(tmp_path / "hf") and (path / "model.safetensors").is_file()
+        count = len(server.requests)
+        done = run(server, tmp_path, "pull", "hf:nobody/nothing", HF_HUB_OFFLINE="1")
+        assert done.returncode == 4 and len(server.requests) == count
