@@ -31,6 +31,7 @@ from serve.api.routes import (
     fine_tuning,
     health,
     images,
+    manage_models,
     models,
     pages,
     rerank,
@@ -103,6 +104,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         jobs=jobs,
         job_runner=JobRunner(jobs),
         temp_files=TempFiles(settings.home / "pictures"),
+        allow_pull=settings.allow_pull,
     )
     app.state = cast(State, state)
     files.drop_expired(store)
@@ -112,7 +114,8 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         "/metrics", metrics.page, methods=["GET"], summary="Prometheus metrics", **route_docs()
     )
     # Paths that contain an engine id match greedily, so longer paths are registered first.
-    routes = (health, models, chat, completions, edits, embeddings, rerank, audio, images)
+    routes = (health, models, manage_models, chat, completions, edits, embeddings, rerank, audio)
+    routes += (images,)
     routes += (files, fine_tuning, fine_tunes)
     routes += (engines, tokens, pages)
     for route in routes:

@@ -234,7 +234,7 @@ def as_api_error(error: Exception) -> APIError:
             if error.not_pulled_id is not None:
                 hint = (
                     f"This name stands for {error.not_pulled_id}, which is not downloaded: run "
-                    f"`pellucid pull {error.not_pulled_id}`, then restart the server."
+                    f"`pellucid pull {error.not_pulled_id}`."
                 )
             return APIError(
                 404,

@@ -18,6 +18,7 @@ class ResponseModel(BaseModel):
 
 
 Item = TypeVar("Item")
+Count = Annotated[int, Field(ge=0)]
 
 
 class ListResponse(ResponseModel, Generic[Item]):
@@ -65,10 +66,40 @@ class Model(ResponseModel):
     owned_by: str
     kind: Literal[KINDS]  # pyright: ignore[reportInvalidTypeForm]
     sampling: dict[str, float] | None
+    context_length: Count | None
+    max_model_len: Count | None
+    dtype: str | None
+    capabilities: list[str]
 
 
 class Models(ListResponse[Model]):
     """The models of the server."""
+
+
+class ManagedModel(ResponseModel):
+    """The state of a model: whether it is in memory, since when, and how often it was asked for."""
+
+    id: str
+    object: Literal["model.status"]
+    kind: Literal[KINDS]  # pyright: ignore[reportInvalidTypeForm]
+    state: Literal["loaded", "loading", "unloaded"]
+    memory: Count
+    loaded_at: int | None
+    requests: Count
+    busy: bool
+
+
+class ManagedModels(ListResponse[ManagedModel]):
+    """The states of all models."""
+
+
+class PullProgress(ResponseModel):
+    """An event of a pull; the last one has the status "success" and the model."""
+
+    status: str
+    completed: Count | None = None
+    total: Count | None = None
+    model: ManagedModel | None = None
 
 
 class Deleted(ResponseModel):
@@ -97,7 +128,6 @@ class Engines(ListResponse[EngineReply]):
 # --- generation -------------------------------------------------------------------------------
 
 FinishReason = Literal["stop", "length"]
-Count = Annotated[int, Field(ge=0)]
 LogprobValue = Annotated[float, Field(le=0, ge=-9999)]
 
 

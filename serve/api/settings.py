@@ -50,6 +50,7 @@ class ServerSettings:
             memory.
         max_embedding_tokens: Longest input of embedding models, in tokens; None for each model's
             context length.
+        allow_pull: Whether requests may pull models of the catalogue and of the hub.
         home: The data folder.
 
     Raises:
@@ -68,6 +69,7 @@ class ServerSettings:
     cache_budget: int = 256 * 2**20
     memory_limit: int | None = None
     max_embedding_tokens: int | None = None
+    allow_pull: bool = False
     home: Path = field(default_factory=data_folder)
 
     def __post_init__(self) -> None:

@@ -29,6 +29,8 @@ class ServerState:
         jobs: Fine-tuning jobs.
         job_runner: Runs the jobs.
         temp_files: Generated images, available for an hour.
+        allow_pull: Whether requests may pull models.
+        is_pulling: Whether a request pulls a model now.
         is_draining: Whether the server refuses new requests, while the running ones finish.
     """
 
@@ -38,6 +40,8 @@ class ServerState:
     jobs: JobStore
     job_runner: JobRunner
     temp_files: TempFiles
+    allow_pull: bool = False
+    is_pulling: bool = False
     is_draining: bool = False
 
 

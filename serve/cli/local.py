@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from serve import settings
 from serve.cli import console
-from serve.exceptions import Corrupt, Failure, WrongUsage
+from serve.exceptions import Corrupt, DoesNotFit, Unusable, WrongUsage
 from serve.models import adapters, catalogue, download
 from serve.models.spec import ModelFiles
 
@@ -83,11 +83,18 @@ def locate_trainable(name: str | None) -> ModelFiles:
 
 @contextlib.contextmanager
 def report_load_errors(files: ModelFiles) -> Iterator[None]:
-    """Convert errors that the `with` block raises while it loads `files` to a `Failure`."""
+    """Convert errors that the `with` block raises while it loads `files` to a `Failure`.
+
+    Raises:
+        DoesNotFit: the memory is too small.
+        Unusable: a file is damaged, missing or of an unsupported kind.
+    """
     try:
         yield
-    except (ValueError, OSError, MemoryError) as error:
-        raise Failure(f"cannot load {files.path}: {error}") from None
+    except MemoryError as error:
+        raise DoesNotFit(f"cannot load {files.path}: {error}") from None
+    except (ValueError, OSError) as error:
+        raise Unusable(f"cannot load {files.path}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -99,7 +106,8 @@ def open_model(files: ModelFiles, cache_budget: int) -> Iterator[DecoderModel]:
         cache_budget: bytes for the KV cache.
 
     Raises:
-        Failure: the files cannot be loaded.
+        DoesNotFit: the memory is too small.
+        Unusable: the files cannot be loaded.
     """
     from serve.models import resolve
     from serve.models.decoder import load_decoder, load_default_sampling

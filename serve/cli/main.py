@@ -25,7 +25,9 @@ from serve.cli import (
     keys,
     models,
     old_flags,
+    ps,
     pull,
+    rm,
     serve,
     tokenize,
     transcribe,
@@ -93,10 +95,12 @@ for command in (
     chat.chat,
     complete.complete,
     tokenize.tokenize,
-    models.models,
     pull.pull,
+    rm.rm,
+    ps.ps,
 ):
     app.command()(command)
+app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.add_typer(finetune.app, name="finetune")
 

@@ -1,24 +1,34 @@
-"""`pellucid models`: lists the models of the catalogue and the fine-tuned models."""
+"""`pellucid models`: lists the models of the catalogue, of the hub, and the fine-tuned models."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from serve import settings
-from serve.cli import console
+from serve.cli import check_model, console
 from serve.cli.options import Json
 from serve.exceptions import Corrupt
-from serve.models import adapters, benchmarks, catalogue, generation_config
+from serve.models import adapters, benchmarks, catalogue, generation_config, hub
 
 ModelRow = dict[str, Any]  # a model as `--json` prints it
 
 
-def models(json: Json = False) -> None:
+app = typer.Typer(invoke_without_command=True)
+app.command()(check_model.check)
+
+
+@app.callback()
+def models(ctx: typer.Context, json: Json = False) -> None:
     """List the models with their size, memory, speed and licence."""
+    if ctx.invoked_subcommand is not None:
+        return
     home, config = settings.data_folder(), settings.config_folder()
     known_models = catalogue.load(config)
     speeds = benchmarks.read(home)
     rows = [_catalogue_row(model, known_models) for model in known_models.models.values()]
+    rows += [_hub_row(record) for record in hub.records(home)]
     rows += [_adapter_row(adapter, rows) for adapter in adapters.list_metadata(home)]
     for row in rows:
         run = speeds.get(row["id"])
@@ -40,7 +50,7 @@ def models(json: Json = False) -> None:
 
 def _table_row(row: ModelRow, default: str) -> tuple[str, ...]:
     """Return the cells of a model in the table."""
-    from serve.models.download import human_size
+    from serve.models.disk import human_size
 
     memory = "-"
     if row["memory"]:
@@ -82,6 +92,22 @@ def _catalogue_row(model: catalogue.CatalogueEntry, known_models: catalogue.Cata
         "state": state,
         "path": str(path) if path else None,
         "aliases": [name for name, id in known_models.aliases.items() if id == model.id],
+    }
+
+
+def _hub_row(record: hub.Record) -> ModelRow:
+    """Return the row of a model that was pulled from the hub."""
+    unknown: ModelRow = dict.fromkeys(("serves", "parameters", "context", "licence", "sampling"))
+    return {
+        **unknown,
+        "id": record.id,
+        "size": record.size,
+        "publisher": record.publisher,
+        "good_at": f"{record.name}, commit {record.commit[:8]}",
+        "commit": record.commit,
+        "state": "pulled" if record.is_complete else "changed",
+        "path": str(record.path),
+        "aliases": [],
     }
 
 

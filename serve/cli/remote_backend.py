@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 import openai
@@ -93,6 +93,11 @@ class RemoteBackend:
     def models(self) -> frozenset[str]:
         """Return the ids of the models that the server serves."""
         return frozenset(model.id for model in self._client.models.list())
+
+    def model_states(self) -> list[dict]:
+        """Return the models of the server with their state."""
+        address = f"{str(self._client.base_url).removesuffix('v1/')}pellucid/v1/models"
+        return cast(dict, self._client.get(address, cast_to=object))["data"]
 
     def job(self, id: str) -> dict:
         """Return a job."""

@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,7 +12,7 @@ from serve import settings
 from serve.api.settings import ServerSettings, allowed_hosts
 from serve.cli import console, embed
 from serve.cli.options import Json, model_option
-from serve.exceptions import Corrupt, Failure, WrongUsage
+from serve.exceptions import DoesNotFit, Unusable, WrongUsage
 from serve.models import catalogue, generation_config
 
 if TYPE_CHECKING:
@@ -77,6 +77,13 @@ def serve(
     answer_timeout: Annotated[
         float, typer.Option(help="Maximum time to compute an answer, in seconds.")
     ] = 600.0,
+    allow_pull: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pull",
+            help="Let requests pull models of the catalogue and of the Hugging Face Hub.",
+        ),
+    ] = False,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Log as text lines, or as JSON objects.")
     ] = "text",
@@ -95,6 +102,7 @@ def serve(
             max_embedding_tokens=max_embedding_tokens,
             requests_per_minute=rate_limit,
             answer_timeout=answer_timeout,
+            allow_pull=allow_pull,
         )
     except ValueError as error:
         raise WrongUsage(str(error)) from None
@@ -103,12 +111,13 @@ def serve(
     with server.bind_socket(server_settings.host, server_settings.port) as listener:
         known_models = catalogue.load(settings.config_folder())
         models = _locate_models(model or [known_models.default])
-        not_pulled: Collection[str] = ()
-        if not model:
-            models += _locate_other_models(known_models, models)
-            not_pulled = known_models.models.keys() - {files.id for files in models}
         with _open_registry(
-            models, server_settings, dtype, known_models.aliases, not_pulled, sampling_defaults
+            models,
+            server_settings,
+            dtype,
+            known_models,
+            serve_pulled=not model or allow_pull,
+            sampling_defaults=sampling_defaults,
         ) as registry:
             drained = _run(server_settings, registry, listener, log_format, json=json)
     if not drained:
@@ -136,32 +145,26 @@ def _locate_models(names: Sequence[str]) -> "list[ModelFiles]":
     return models
 
 
-def _locate_other_models(
-    known_models: catalogue.Catalogue, models: "list[ModelFiles]"
-) -> "list[ModelFiles]":
-    """Return the other pulled models of the catalogue, which load at their first request."""
-    from serve.models import download
-
-    ids = {files.id for files in models}
-    others = []
-    for model in known_models.models.values():
-        with contextlib.suppress(Corrupt):  # `pellucid models` shows it as changed
-            files = download.find_pulled(model, settings.data_folder())
-            if files and model.id not in ids:
-                others.append(files)
-    return others
-
-
 @contextlib.contextmanager
 def _open_registry(
     models: "list[ModelFiles]",
     server_settings: ServerSettings,
     dtype: str,
-    aliases: Mapping[str, str],
-    not_pulled: Collection[str],
+    known_models: catalogue.Catalogue,
+    *,
+    serve_pulled: bool,
     sampling_defaults: generation_config.DefaultsSource = "model",
 ) -> "Iterator[Registry]":
-    """Open the registry of a server with its first model loaded; at the end cancel all requests."""
+    """Open the registry of a server with its first model loaded; at the end cancel all requests.
+
+    Args:
+        models: the models to serve.
+        server_settings: the settings of the server.
+        dtype: as in `LoadOptions`.
+        known_models: the catalogue.
+        serve_pulled: whether to serve all other pulled models, too, as they come and go.
+        sampling_defaults: as in `LoadOptions`.
+    """
     from serve.cli import local
     from serve.exceptions import CannotLoad
     from serve.models import resolve
@@ -184,18 +187,20 @@ def _open_registry(
     paths = {files.id: files.path for files in models}
     registry = Registry(
         specs,
-        aliases,
+        known_models.aliases,
         memory_limit=server_settings.memory_limit,
-        not_pulled=not_pulled,
+        not_pulled=known_models.models if serve_pulled else (),
         adapter_specs=resolve.AdapterSpecs(
             server_settings.home, server_settings.cache_budget, paths
         ),
+        pulled_specs=resolve.PulledSpecs(known_models, options, paths) if serve_pulled else dict,
     )
     try:
         registry.load(registry.default)
         yield registry
     except CannotLoad as error:
-        raise Failure(str(error)) from None
+        kind = DoesNotFit if isinstance(error.__cause__, MemoryError | None) else Unusable
+        raise kind(str(error)) from None
     finally:
         registry.close(local.STOP_SECONDS)
 

@@ -29,7 +29,7 @@ _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Equal to the keys of `kinds.KINDS`, which imports JAX; a test compares them.
 KINDS = ("decoder", "encoder", "reranker", "speech", "images")
-_SERVES = {  # by kind: what a model of the hub serves if its entry does not say
+SERVES: dict[str, tuple[str, ...]] = {  # by kind: what a model of this kind can serve
     "decoder": ("chat", "completions"),
     "encoder": ("embeddings",),
     "reranker": ("rerank",),
@@ -216,7 +216,7 @@ def _model(id: str, table: _Table) -> CatalogueEntry:
     hub = table.take("hub", str, "")
     # The files of a model of the hub describe it, so that its entry may be short.
     missing = _Table.missing
-    defaults = (list(_SERVES[kind]), hub[3:].split("/")[0], "", 0) if hub else (missing,) * 4
+    defaults = (list(SERVES[kind]), hub[3:].split("/")[0], "", 0) if hub else (missing,) * 4
     serves, publisher, text, number = defaults
     model = CatalogueEntry(
         id=id,

@@ -250,9 +250,11 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     is_verified = files.entry is not None and bool(files.entry.files)
     sha256 = files.entry.files[0].sha256 if files.entry and is_verified else None
     accepted_dtypes = files.entry.dtypes if files.entry else ()
+    capabilities = files.entry.serves if files.entry else ()
     if not is_verified:  # an unchecked file: report damage before a server starts
         checkpoint.check_tensors(files.path, header)
-        read_tokenizer(files.path, header)
+        if read_tokenizer(files.path, header).chat_template is None:
+            capabilities = ("completions",)
     defaults = {}
     if options.sampling_defaults == "model":
         defaults = load_default_sampling(files, options.notify, header.metadata)
@@ -306,6 +308,8 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         stamp=functools.partial(stamp_of, files.path),
         path=files.path,
         default_sampling=defaults,
+        context=cfg.max_seq_len,
+        capabilities=capabilities,
     )
 
 

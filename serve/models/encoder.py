@@ -306,6 +306,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         load=load,
         stamp=functools.partial(stamp, files.path),
         kind="encoder",
+        context=cfg.max_tokens,
     )
 
 

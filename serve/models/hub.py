@@ -43,6 +43,8 @@ from serve.models.hub_files import Candidate, RemoteFile, candidates, choose, se
 from serve.settings import make_private_folder
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
+
     from transformer.checkpoint import Dtype
 
 PREFIX = "hf:"
@@ -320,6 +322,8 @@ def _list_remote(wanted: HubName, notify: Notify) -> _Listing:
         )
         for file in info.siblings or []
     ]
+    if info.gated and files:  # the hub describes it to everybody: ask before anything is chosen
+        _file_metadata(info.id, info.sha, files[0].name, notify)
     total = info.safetensors.total if info.safetensors else 0
     weights = next((c for c in candidates(files) if c.label == "safetensors"), None)
     bits = 8 * weights.size / total if weights and total else 16
@@ -456,12 +460,10 @@ def _fetch_blob(
     huggingface_hub deletes a partial file when a download ends early, so this file calls only its
     lower level, which resumes.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    url = hf_hub_url(listing.repo, file.name, revision=listing.commit)
-    metadata = _patiently(lambda: get_hf_file_metadata(url), notify)
+    url, metadata = _file_metadata(listing.repo, listing.commit, file.name, notify)
     blobs = _repo_cache(listing.repo) / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     blob, partial = blobs / str(metadata.etag), blobs / f"{metadata.etag}.pellucid"
@@ -488,6 +490,16 @@ def _fetch_blob(
         raise _wrong_hash(listing, file)
     disk.flush(partial)
     partial.rename(blob)
+
+
+def _file_metadata(
+    repo: str, commit: str | None, file: str, notify: Notify
+) -> tuple[str, HfFileMetadata]:
+    """Return the URL of a file, and the hub's answer to a request for its headers."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(repo, file, revision=commit)
+    return url, _patiently(lambda: get_hf_file_metadata(url), notify)
 
 
 class _CountingFile(io.FileIO):

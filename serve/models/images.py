@@ -426,6 +426,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         load=load,
         stamp=functools.partial(stamp_of, *parts),
         kind="images",
+        context=files.entry.context if files.entry else None,
     )
 
 

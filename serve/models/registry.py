@@ -7,8 +7,8 @@ A model is loaded when it is first requested. When memory is short, the least re
 models are unloaded. Unloading only drops the registry's reference: a request handler that holds the
 model may still use it.
 
-Fine-tuned models come and go while a server runs. Each lookup and each list reads the folder of
-fine-tuned models, so that they are current.
+Fine-tuned and pulled models come and go while a server runs. Each lookup and each list looks for
+changes in the data folder, so that they are current.
 """
 
 from __future__ import annotations
@@ -17,12 +17,40 @@ import asyncio
 import gc
 import itertools
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from serve.exceptions import CannotLoad, Failure, UnknownModel
 from serve.models.spec import LoadedModel, ModelSpec
+
+Specs = Callable[[], Mapping[str, ModelSpec]]
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """What a served model does.
+
+    Attributes:
+        id: the id of the model.
+        kind: its kind.
+        state: whether it is in memory.
+        memory: the bytes that it takes; None if it is not loaded.
+        loaded_at: seconds since 1970; None if it is not loaded.
+        requests: the number of requests since the server started.
+        is_idle: whether no request waits or runs.
+    """
+
+    id: str
+    kind: str
+    state: Literal["loaded", "loading", "unloaded"]
+    memory: int | None
+    loaded_at: float | None
+    requests: int
+    is_idle: bool
 
 
 class Registry:
@@ -38,6 +66,7 @@ class Registry:
         not_pulled: ids of catalogue models that are not pulled.
         adapter_specs: returns the current fine-tuned models by id. Those whose base is not served
             are not served either.
+        pulled_specs: returns the current pulled models by id, besides `models`.
 
     Raises:
         ValueError: `models` is empty, or an id occurs twice.
@@ -50,7 +79,8 @@ class Registry:
         *,
         memory_limit: int | None = None,
         not_pulled: Collection[str] = (),
-        adapter_specs: Callable[[], Mapping[str, ModelSpec]] = dict,
+        adapter_specs: Specs = dict,
+        pulled_specs: Specs = dict,
     ):
         if not models:
             raise ValueError("models is empty: a server needs at least one model")
@@ -71,8 +101,11 @@ class Registry:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._load_lock = threading.RLock()  # reentrant: `load` loads the base model too
         self._damaged: dict[str, tuple[object, str]] = {}  # stamp of its files, error
-        self._adapter_specs = adapter_specs
-        self._known_adapters: Mapping[str, ModelSpec] = {}
+        # In this order, because an adapter may belong to a pulled model.
+        self._sources = (pulled_specs, adapter_specs)
+        self._known: dict[Specs, Mapping[str, ModelSpec]] = {}
+        self._requests: Counter[str] = Counter()
+        self._loaded_at = dict.fromkeys(self._loaded, time.time())
 
     @property
     def default(self) -> str:
@@ -88,7 +121,7 @@ class Registry:
 
     def list_models(self) -> list[LoadedModel | ModelSpec]:
         """Return the served models in order: the loaded model, or its spec if it is not loaded."""
-        self._refresh_adapters()
+        self._refresh()
         return [self._loaded.get(id, model) for id, model in self._models.items()]
 
     def loaded(self) -> list[LoadedModel]:
@@ -106,7 +139,7 @@ class Registry:
         Raises:
             UnknownModel: no served model has this id or alias.
         """
-        self._refresh_adapters()
+        self._refresh()
         id = name if name in self._models else self._aliases.get(name, name)
         if id not in self._models:
             raise UnknownModel(name, id if id in self._not_pulled else None)
@@ -121,18 +154,46 @@ class Registry:
         model = self._models[self.resolve(name).id]
         return model if isinstance(model, ModelSpec) else None
 
-    def _refresh_adapters(self) -> None:
-        """Add new fine-tuned models, and remove deleted ones."""
-        if (specs := self._adapter_specs()) == self._known_adapters:
-            return
-        for id in self._known_adapters.keys() - specs.keys():
-            self._models.pop(id, None)
-            self._loaded.pop(id, None)
-        for id, spec in specs.items():
-            if (base := self._models.get(spec.base or "")) is not None:
-                sampling = getattr(base, "default_sampling", {})
-                self._models.setdefault(id, replace(spec, default_sampling=sampling))
-        self._known_adapters = specs
+    def status(self, name: str) -> ModelStatus:
+        """Return what the model with this id or alias does.
+
+        Raises:
+            UnknownModel: no served model has this id or alias.
+        """
+        model = self.resolve(name)
+        is_loaded = not isinstance(model, ModelSpec)
+        return ModelStatus(
+            id=model.id,
+            kind=model.kind,
+            state="loaded" if is_loaded else "loading" if model.id in self._loading else "unloaded",
+            memory=model.memory if is_loaded else None,
+            loaded_at=self._loaded_at.get(model.id) if is_loaded else None,
+            requests=self._requests[model.id],
+            is_idle=model.is_idle if is_loaded else True,
+        )
+
+    def _refresh(self) -> None:
+        """Add new fine-tuned and pulled models, and drop removed ones."""
+        has_changed = False  # a pulled model may be the base of an adapter
+        for source in self._sources:
+            known = self._known.get(source, {})
+            if (specs := source()) == known and not has_changed:
+                continue
+            has_changed = True
+            for id in known.keys() - specs.keys():
+                self._models.pop(id, None)
+                self._loaded.pop(id, None)
+            for id, spec in specs.items():
+                if spec.base is not None:
+                    if (base := self._models.get(spec.base)) is None:
+                        continue
+                    sampling = getattr(base, "default_sampling", {})
+                    spec = replace(spec, default_sampling=sampling)
+                if known.get(id) != specs[id] and id in known:  # pulled again, as another commit
+                    self._models[id] = spec
+                    self._loaded.pop(id, None)
+                self._models.setdefault(id, spec)
+            self._known[source] = specs
 
     async def get(self, name: str) -> LoadedModel:
         """Return the model with this id or alias, after loading it if necessary.
@@ -143,6 +204,12 @@ class Registry:
         """
         id = self.resolve(name).id
         self._last_used[id] = next(self._use_counter)
+        self._requests[id] += 1
+        return await self.load_soon(id)
+
+    async def load_soon(self, name: str) -> LoadedModel:
+        """Load a model if it is not loaded, on the loading thread; raises as `get`."""
+        id = self.resolve(name).id
         if (model := self._loaded.get(id)) is not None:
             return model
         task = self._loading.get(id)
@@ -182,7 +249,19 @@ class Registry:
             if id not in self._models:  # removed while it loaded
                 raise UnknownModel(id)
             self._loaded[id] = model
+            self._loaded_at[id] = time.time()
             return model
+
+    async def unload_soon(self, name: str) -> bool:
+        """Unload a model on the loading thread, and return whether it is unloaded now.
+
+        Raises:
+            UnknownModel: no served model has this id or alias.
+        """
+        id = self.resolve(name).id
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._loader, self.unload, id)
+        return id not in self._loaded
 
     def unload(self, id: str) -> bool:
         """Unload a model.

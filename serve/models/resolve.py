@@ -6,12 +6,14 @@ starts; weights are read when the model is first requested.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from serve.models import adapters, decoder, fingerprint, kinds
+from serve.exceptions import Corrupt, Failure
+from serve.models import adapters, catalogue, decoder, disk, download, fingerprint, hub, kinds
 from serve.models.decoder import DecoderModel, load_adapter
 from serve.models.spec import LoadOptions, ModelFiles, ModelSpec, stamp_of
 
@@ -38,7 +40,7 @@ class AdapterSpecs:
     Args:
         home: the data folder.
         cache_budget: bytes for the keys and values of each model.
-        bases: the files of possible base models, by id.
+        bases: the files of possible base models, by id; `PulledSpecs` adds to them.
     """
 
     def __init__(self, home: Path, cache_budget: int, bases: Mapping[str, Path]):
@@ -81,6 +83,67 @@ class AdapterSpecs:
             stamp=partial(stamp_of, folder, self._bases.get(metadata.base)),
             base=metadata.base,
         )
+
+
+class PulledSpecs:
+    """The specs of the pulled models, of the catalogue and of the hub.
+
+    Each call returns the current ones. A model that cannot be used is skipped with a warning.
+
+    Args:
+        known_models: the catalogue.
+        options: how to load the models.
+        paths: the files by id of the models that are served anyway; those found are added.
+    """
+
+    def __init__(
+        self, known_models: catalogue.Catalogue, options: LoadOptions, paths: dict[str, Path]
+    ):
+        self._known_models, self._options, self._paths = known_models, options, paths
+        self._served_anyway = frozenset(paths)
+        self._stamp: object = None
+        self._specs: dict[str, tuple[ModelFiles, ModelSpec]] = {}
+        self._specs_by_id: Mapping[str, ModelSpec] = {}
+
+    def __call__(self) -> Mapping[str, ModelSpec]:
+        """Return the specs by id; the same object until a model is pulled or removed."""
+        if (stamp := self._changed_at()) == self._stamp:
+            return self._specs_by_id
+        self._stamp = stamp
+        specs: dict[str, tuple[ModelFiles, ModelSpec]] = {}
+        for files in self._find():
+            if files.id in self._served_anyway or files.id in specs:
+                continue
+            if (old := self._specs.get(files.id)) is not None and old[0] == files:
+                specs[files.id] = old
+                continue
+            try:
+                specs[files.id] = files, describe(files, self._options)
+            except (OSError, ValueError) as error:
+                log.warning("the pulled model %s is skipped: %s", files.id, error)
+        self._specs = specs
+        self._paths |= {id: files.path for id, (files, _) in specs.items()}
+        self._specs_by_id = {id: spec for id, (_, spec) in specs.items()}
+        return self._specs_by_id
+
+    def _changed_at(self) -> object:
+        try:
+            return (self._options.home / disk.CHANGED_FILE).stat().st_mtime_ns
+        except OSError:
+            return "never"
+
+    def _find(self) -> Iterator[ModelFiles]:
+        home = self._options.home
+        for model in self._known_models.models.values():
+            with contextlib.suppress(Corrupt):  # `pellucid models` shows it as changed
+                if files := download.find_pulled(model, home):
+                    yield files
+        for record in hub.records(home):
+            if record.is_complete:
+                try:
+                    yield download.files_of_record(record)
+                except (OSError, Failure) as error:
+                    log.warning("the pulled model %s is skipped: %s", record.name, error)
 
 
 def load_adapted(

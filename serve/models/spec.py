@@ -106,6 +106,8 @@ class ModelSpec:
         base: the id of the base model whose weights it shares.
         path: its files, if it can be fine-tuned.
         default_sampling: default sampling parameters, if it generates text.
+        context: the maximum number of tokens, if it is known before loading.
+        capabilities: what it serves, as `serves` in `models.toml`; empty for all that its kind can.
     """
 
     id: str
@@ -118,6 +120,8 @@ class ModelSpec:
     base: str | None = None
     path: Path | None = None
     default_sampling: Mapping[str, float] = field(default_factory=dict)
+    context: int | None = None
+    capabilities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import pytest
 
 from serve.api.settings import ServerSettings
 from serve.cli import serve
-from serve.models import decoder, resolve
+from serve.models import catalogue, decoder, resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
 from tests.serve import tiny
@@ -49,7 +49,9 @@ def test_cache_size_does_not_depend_on_number_of_models(tmp_path, monkeypatch):
     files = [ModelFiles(id, tiny.model(tmp_path / id), "me") for id in ("one", "two", "three")]
     blocks = []
     for served_files in (files[:1], files):
-        with serve._open_registry(served_files, settings, "float32", {}, ()) as registry:
+        with serve._open_registry(
+            served_files, settings, "float32", catalogue.load(), serve_pulled=False
+        ) as registry:
             blocks.append(registry.loaded()[0].engine.stats().blocks)
     assert blocks[0] == blocks[1] > 1
 

@@ -48,14 +48,19 @@ def write_catalogue(home: Path) -> None:
     (home / "models.toml").write_text(text, "utf-8")
 
 
-def write_gguf(path: Path) -> int:
-    """Write a decoder with a tokenizer of single bytes as GGUF; return the number of weights."""
+def write_gguf(path: Path, architecture: str = "llama") -> int:
+    """Write a decoder with a tokenizer of single bytes as GGUF; return the number of weights.
+
+    Args:
+        path: the file.
+        architecture: "llama", or "qwen2", which has biases.
+    """
     characters = bytes_to_unicode()
     space = characters[ord(" ")]
     tokens = [characters[byte] for byte in range(256)]
     tokens += [f"{space}t", *SPECIAL]  # one merge: GGUF arrays must not be empty
     kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * len(SPECIAL)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(D_MODEL)
@@ -89,6 +94,10 @@ def write_gguf(path: Path) -> int:
             f"blk.{i}.ffn_up": (D_FF, D_MODEL),
             f"blk.{i}.ffn_down": (D_MODEL, D_FF),
         }
+    if architecture == "qwen2":
+        for part, heads in {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}.items():
+            bias = np.zeros(heads * HEAD_DIM, np.float32)
+            writer.add_tensor(f"blk.0.attn_{part}.bias", bias)
     for name, shape in shapes.items():
         is_norm = len(shape) == 1
         array = np.ones(shape) if is_norm else random.normal(0, shape[-1] ** -0.5, shape)

@@ -34,11 +34,12 @@ _SAMPLING_KEYS = {  # key after `general.sampling.` -> key of generation_config.
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a file: its shape, and a function that reads a range of its rows."""
+    """A tensor of a file: its shape, a function that reads a range of its rows, and its dtype."""
 
     shape: tuple[int, ...]  # outermost axis first, as in NumPy
     read: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, ...]
     path: Path  # the file, for messages
+    dtype: str = ""  # in the file, in its words: "BF16", "Q4_K"
 
 
 class _Reader:
@@ -166,7 +167,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
                 f"{path}: a tensor of a decoder has 1 to 3 axes, but {name!r} has {len(shape)}"
             )
         tensors[name] = LazyTensor(
-            shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantization), path
+            shape,
+            _row_reader(raw.reshape(num_rows, row_bytes), shape, quantization),
+            path,
+            quantization.name,
         )
     return metadata, tensors
 

@@ -142,7 +142,7 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyT
         rows = file.get_slice(name)
         if (dtype := rows.get_dtype()) not in _FLOATS:
             raise ValueError(f"{path}: the dtype of {name!r} must be one of {_FLOATS}, got {dtype}")
-        tensors[name] = LazyTensor(tuple(rows.get_shape()), _row_reader(rows), path)
+        tensors[name] = LazyTensor(tuple(rows.get_shape()), _row_reader(rows), path, dtype)
     return tensors
 
 

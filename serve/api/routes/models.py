@@ -19,24 +19,39 @@ from serve.api.responses import Deleted, Model, Models
 from serve.api.state import state_of
 from serve.exceptions import UnknownModel
 from serve.models import adapters, generation_config
+from serve.models.catalogue import SERVES
 from serve.models.spec import LoadedModel, ModelSpec
 
 router = APIRouter(prefix="/v1")
 
 
-def model_to_api(model: LoadedModel | ModelSpec) -> dict[str, Any]:
-    """Return a model in OpenAI's shape, with its kind and sampling defaults as extensions."""
+def model_to_api(model: LoadedModel | ModelSpec, spec: ModelSpec | None = None) -> dict[str, Any]:
+    """Return a model in OpenAI's shape, with extensions.
+
+    Args:
+        model: The model.
+        spec: Its spec, if it is loaded and was loaded from one.
+    """
+    spec = model if isinstance(model, ModelSpec) else spec
+    is_loaded = not isinstance(model, ModelSpec)
+    context = spec.context if spec else None
+    window = model.context if is_loaded else context
     defaults = getattr(model, "default_sampling", {})
     return {
         "id": model.id,
         "object": "model",
         "created": model.created,
         "owned_by": model.owned_by,
-        # Extensions: the kind of model, and its default sampling settings.
+        # Extensions. The names of the context are those of several servers: what the model was
+        # trained for, and what a request may use here.
         "kind": model.kind,
         "sampling": generation_config.resolve_params({}, defaults)
         if model.kind == "decoder"
         else None,
+        "context_length": context if context is not None else window,
+        "max_model_len": window,
+        "dtype": model.dtype if is_loaded else None,
+        "capabilities": list((spec and spec.capabilities) or SERVES.get(model.kind, ())),
     }
 
 
@@ -44,9 +59,10 @@ def model_to_api(model: LoadedModel | ModelSpec) -> dict[str, Any]:
 @router.get("/models", **route_docs(Models))
 async def list_models(request: Request) -> dict[str, Any]:
     """List the models."""
+    registry = state_of(request).registry
     return {
         "object": "list",
-        "data": [model_to_api(model) for model in state_of(request).registry.list_models()],
+        "data": [model_to_api(model, registry.spec(model.id)) for model in registry.list_models()],
     }
 
 
@@ -54,7 +70,8 @@ async def list_models(request: Request) -> dict[str, Any]:
 @router.get("/models/{model_id:path}", **route_docs(Model))  # an id can contain slashes
 async def get_model(request: Request, model_id: str) -> dict[str, Any]:
     """Return the model with an id or alias."""
-    return model_to_api(state_of(request).registry.resolve(model_id))
+    registry = state_of(request).registry
+    return model_to_api(registry.resolve(model_id), registry.spec(model_id))
 
 
 @router.delete("/models/{model_id:path}", **route_docs(Deleted))

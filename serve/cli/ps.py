@@ -1,0 +1,49 @@
+"""`pellucid ps`: shows what the models of a running server do."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from serve.cli import console
+from serve.cli.options import Json
+from serve.models.disk import human_size
+
+DEFAULT_HOST = "http://127.0.0.1:8000"
+
+
+def ps(
+    host: Annotated[
+        str, typer.Option(envvar="PELLUCID_HOST", help="The server to ask.")
+    ] = DEFAULT_HOST,
+    key: Annotated[
+        str, typer.Option("--api-key", envvar="PELLUCID_API_KEY", help="A key of the server.")
+    ] = "",
+    all: Annotated[
+        bool, typer.Option("--all", help="Also list the models that are not in memory.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """List the models in the memory of a server: memory, time of loading, requests."""
+    from serve.cli.remote_backend import open_remote_backend
+
+    with open_remote_backend(host, key) as backend:
+        models = backend.model_states()
+    models = [model for model in models if all or model["state"] != "unloaded"]
+    if json:
+        console.write_json({"models": models})
+        return
+    rows = [
+        (
+            model["id"],
+            model["kind"],
+            "busy" if model["busy"] else model["state"],
+            human_size(model["memory"]),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(model["loaded_at"]))
+            if model["loaded_at"]
+            else "-",
+            str(model["requests"]),
+        )
+        for model in models
+    ]
+    print(console.table(("ID", "KIND", "STATE", "MEMORY", "SINCE", "REQUESTS"), rows))
