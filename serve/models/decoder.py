@@ -19,6 +19,7 @@ from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import checkpoint, lora
 from transformer.checkpoint import Dtype
+from transformer.checkpoint.gguf import split_files
 from transformer.decoder import Params
 from transformer.engine.build import build_runner, start_engine
 from transformer.engine.engine import Engine
@@ -305,7 +306,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         owned_by=files.publisher,
         memory=memory,
         load=load,
-        stamp=functools.partial(stamp_of, files.path),
+        stamp=functools.partial(stamp_of, *split_files(files.path)),
         path=files.path,
         default_sampling=defaults,
         context=cfg.max_seq_len,

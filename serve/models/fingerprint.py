@@ -17,21 +17,24 @@ import jax
 import transformer
 from serve import settings
 from serve.models import hashes
+from transformer.checkpoint.gguf import split_files
 
 
 def hash_weights(path: Path) -> str:
     """Return the SHA-256 of a model's files, in hex.
 
     Args:
-        path: a file, or a folder, whose files are hashed with their names.
+        path: a file, of a split GGUF model the first one, or a folder, whose files are hashed with
+            their names.
 
     Raises:
         OSError: a file cannot be read.
     """
     home = settings.data_folder()
-    if path.is_file():
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+    elif len(files := split_files(path)) == 1:
         return hashes.sha256(path, home)
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
     listing = "".join(f"{file.name} {hashes.sha256(file, home)}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 

@@ -243,7 +243,8 @@ def _match_tensors(
         raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
     if unknown := sorted(names - num_rows.keys()):
         raise ValueError(
-            f"{path}: tensors that are not part of this model: {_first_names(unknown)}"
+            f"{tensors[unknown[0]].path}: tensors that are not part of this model: "
+            f"{_first_names(unknown)}"
         )
     for weight, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
         for source, part in tensors_of(weight, info.shape):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _SCALARS = {
     10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 _SAMPLING_KEYS = {  # key after `general.sampling.` -> key of generation_config.json
     "temp": "temperature",
     "top_p": "top_p",
@@ -101,19 +103,72 @@ def _open(path: Path) -> _Reader:
     return header
 
 
+def split_files(path: Path) -> list[Path]:
+    """Return the files of a split model, by the name of one: NAME-00001-of-00003.gguf, ...
+
+    Returns:
+        The files in order, which may not exist; `path` alone if it has another name.
+    """
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None or not 1 <= int(match["no"]) <= int(match["count"]):
+        return [path]
+    count = int(match["count"])
+    return [
+        path.with_name(f"{match['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)
+    ]
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Read the header of a GGUF file; tensors are read lazily from the mapped file.
+    """Read the headers of a GGUF model; tensors are read lazily from the mapped files.
 
     Args:
-        path: The GGUF file.
+        path: The GGUF file; of a split model the first one, which has the metadata.
 
     Returns:
         The metadata (strings as str, arrays of strings as lists of bytes), and the tensors by name.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file is not a GGUF file, or a count, offset or type in it is invalid.
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is not a GGUF file, a count, offset or type in it is invalid, or it does
+            not belong to the other files.
     """
+    metadata, tensors = _read_file(path)
+    split = {key: metadata.pop(key) for key in list(metadata) if key.startswith("split.")}
+    count = split.get("split.count", 1)
+    if count in (0, 1):
+        return metadata, tensors
+    files = split_files(path)
+    if split.get("split.no") != 0:
+        raise ValueError(f"{path}: split.no is {split.get('split.no')!r}: use {files[0].name}")
+    if len(files) != count:
+        raise ValueError(
+            f"{path}: split.count is {count!r}: the files must be called "
+            f"NAME-00001-of-{count:05}.gguf and so on"
+            if isinstance(count, int)
+            else f"{path}: split.count must be an integer, got {count!r}"
+        )
+    for number, file in enumerate(files[1:], 1):
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: the part {file.name} is missing from the folder")
+        part, more = _read_file(file)
+        if (part.get("split.no"), part.get("split.count")) != (number, count):
+            raise ValueError(
+                f"{file}: split.no and split.count are {part.get('split.no')!r} and "
+                f"{part.get('split.count')!r}, expected {number} and {count}"
+            )
+        if duplicates := sorted(more.keys() & tensors.keys()):
+            raise ValueError(f"{file}: the tensor {duplicates[0]!r} is in two files")
+        tensors |= more
+    if (total := split.get("split.tensors.count")) not in (None, len(tensors)):
+        raise ValueError(
+            f"{path}: split.tensors.count is {total!r}, but the {count} files have {len(tensors)}: "
+            "a file belongs to another model"
+        )
+    return metadata, tensors
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """Read the header of one file."""
     import gguf  # imported here because it is slow to import
 
     header = _open(path)

@@ -14,11 +14,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from transformer.checkpoint import fp8
 from transformer.checkpoint.gguf import LazyTensor
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
+_FLOATS8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
+_INDEX = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLES = tuple(f"*{suffix}" for suffix in _PICKLE_SUFFIXES)
 
@@ -41,19 +45,19 @@ def read(
             or all weights are pickled.
     """
     config = read_json_object(folder / "config.json")
+    shards = _weight_files(folder)
     tensors: dict[str, LazyTensor] = {}
-    for shard, names in _weight_files(folder).items():
+    for shard, indexed in shards.items():
         shard_tensors = read_tensors(shard, ignore=ignore)
-        names = {name for name in names if not name.endswith(tuple(ignore))}
-        if missing := sorted(names - shard_tensors.keys()):
-            raise ValueError(
-                f"{shard}: lacks the tensor {missing[0]!r}, which the index places in it; the file "
-                "may belong to another model"
-            )
         if duplicates := sorted(shard_tensors.keys() & tensors.keys()):
             raise ValueError(f"{shard}: the tensor {duplicates[0]!r} is in two shards")
+        absent = [n for n in indexed if n not in shard_tensors and not n.endswith(tuple(ignore))]
+        if absent:
+            raise ValueError(
+                f"{shard}: the tensor {absent[0]!r} is missing, which {_INDEX} lists for this shard"
+            )
         tensors |= shard_tensors
-    return config, tensors
+    return fp8.dequantize(config, tensors)
 
 
 def conversion_command(path: Path) -> str:
@@ -77,14 +81,14 @@ def conversion_command(path: Path) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Return `model.safetensors` if it exists, else the shards of the index and their tensors.
+def _weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Return `model.safetensors` if it exists, else the shards of the index with their tensors.
 
     transformers has the same order. A stale index next to a single file is therefore ignored.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / _INDEX
     if single.exists():
-        return {single: set()}
+        return {single: []}
     if not index.exists():
         if pickles := [p.name for glob in _PICKLES for p in folder.glob(glob)]:
             raise ValueError(
@@ -108,8 +112,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{index}: the shard {absent[0]!r} is missing from the folder")
     return {
-        folder / file: {name for name, shard in weight_map.items() if shard == file}
-        for file in names
+        folder / name: sorted(tensor for tensor, shard in weight_map.items() if shard == name)
+        for name in names
     }
 
 
@@ -140,9 +144,15 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyT
         if name.endswith(tuple(ignore)):
             continue
         rows = file.get_slice(name)
-        if (dtype := rows.get_dtype()) not in _FLOATS:
-            raise ValueError(f"{path}: the dtype of {name!r} must be one of {_FLOATS}, got {dtype}")
-        tensors[name] = LazyTensor(tuple(rows.get_shape()), _row_reader(rows), path, dtype)
+        shape, dtype = tuple(rows.get_shape()), rows.get_dtype()
+        if dtype in _FLOATS8:
+            read = _float8_reader(path, name, shape, np.dtype(_FLOATS8[dtype]))
+        elif dtype in _FLOATS:
+            read = _row_reader(rows) if shape else _scalar_reader(file.get_tensor(name))
+        else:
+            names = (*_FLOATS, *_FLOATS8)
+            raise ValueError(f"{path}: the dtype of {name!r} must be one of {names}, got {dtype}")
+        tensors[name] = LazyTensor(shape, read, path, dtype)
     return tensors
 
 
@@ -159,6 +169,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def _row_reader(rows: Any) -> Callable[[int, int], np.ndarray]:
     return lambda start, stop: np.asarray(rows[start:stop]).astype(np.float32)
+
+
+def _scalar_reader(value: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    return lambda start, stop: np.asarray(value).astype(np.float32)
+
+
+def _float8_reader(
+    path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[int, int], np.ndarray]:
+    """Return the reader of a tensor of 8-bit floats, which the package cannot give to NumPy.
+
+    The package has checked the header: its size, and that the tensor is inside the file.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        start, _ = json.loads(file.read(size))[name]["data_offsets"]
+    data = np.memmap(path, np.uint8, "r", 8 + size + start, shape)
+    return lambda first, last: np.asarray(data[first:last]).view(dtype).astype(np.float32)
 
 
 def write(

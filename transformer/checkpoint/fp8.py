@@ -1,0 +1,103 @@
+"""Weights in 8-bit floats, with their scales, as FP8 checkpoints of Hugging Face store them.
+
+A weight is the product of its 8-bit floats and their scales: one for the tensor, one for each row,
+or one for each block of 128 x 128. `NAME.weight_scale_inv` (DeepSeek, Qwen3) and
+`NAME.weight_scale` (compressed-tensors, FBGEMM) both hold factors of the weight. The scales of
+activations are for computing in 8-bit floats, which is not done here; they are ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from transformer.checkpoint.gguf import LazyTensor
+
+log = logging.getLogger(__name__)
+
+_SCALES = (".weight_scale_inv", ".weight_scale")
+_ACTIVATION_SCALES = (
+    ".input_scale",
+    ".activation_scale",
+    ".input_scale_ub",
+    ".k_scale",
+    ".v_scale",
+)
+
+
+def dequantize(
+    config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """Return a config without its FP8 quantization, and tensors multiplied by their scales.
+
+    Another quantization, or none, is returned unchanged.
+
+    Args:
+        config: Content of config.json.
+        tensors: Tensors by name.
+
+    Raises:
+        ValueError: A scale has no weight, or does not have its shape.
+    """
+    config, tensors = dict(config), dict(tensors)
+    key = "quantization_config"
+    quantization = config.get(key)
+    if not isinstance(quantization, Mapping) or not _is_fp8(quantization):
+        return config, tensors
+    del config[key]
+    block = quantization.get("weight_block_size")
+    ignored = [name for name in tensors if name.endswith(_ACTIVATION_SCALES)]
+    for name in ignored:
+        del tensors[name]
+    if ignored:
+        log.warning("ignoring %d scales of activations, such as %s", len(ignored), ignored[0])
+    for name in [name for name in tensors if name.endswith(_SCALES)]:
+        scale = tensors.pop(name)
+        weight_name = f"{name[: name.rindex('.')]}.weight"
+        if (weight := tensors.get(weight_name)) is None:
+            raise ValueError(
+                f"{scale.path}: {name} is the scale of {weight_name}, which is missing"
+            )
+        tensors[weight_name] = _scaled(weight, scale, name, block)
+    return config, tensors
+
+
+def _is_fp8(quantization: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` describes weights of 8-bit floats."""
+    method = quantization.get("quant_method")
+    if method == "compressed-tensors":
+        return quantization.get("format") in ("float-quantized", "naive-quantized")
+    if method == "modelopt":
+        return quantization.get("quant_algo") == "FP8"
+    return method in ("fp8", "fbgemm_fp8")
+
+
+def _scaled(weight: LazyTensor, scale: LazyTensor, name: str, block: Any) -> LazyTensor:
+    """Return a weight [out, in] that is multiplied by its scale when it is read."""
+    if len(weight.shape) != 2:
+        raise ValueError(f"{weight.path}: {name} is the scale of a weight of shape {weight.shape}")
+    num_rows, num_columns = weight.shape
+    shape = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1) if scale.shape else (1, 1)
+    is_blocks = block is not None and shape != (1, 1)
+    try:
+        rows, columns = map(int, block) if is_blocks else (-(-num_rows // shape[0]), num_columns)
+        expected = (math.ceil(num_rows / rows), math.ceil(num_columns / columns))
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise ValueError(f"weight_block_size is {block!r}: use two positive integers") from None
+    if shape != expected or (not is_blocks and shape[0] not in (1, num_rows)):
+        raise ValueError(
+            f"{scale.path}: {name} has the shape {scale.shape}, which does not fit a weight of "
+            f"shape {weight.shape}"
+        )
+    factors = scale.read(0, scale.shape[0] if scale.shape else 1).reshape(shape)
+    column_index = np.arange(num_columns) // columns
+
+    def read(start: int, stop: int) -> np.ndarray:
+        row_index = np.arange(start, stop) // rows
+        return weight.read(start, stop) * factors[row_index][:, column_index]
+
+    return LazyTensor(weight.shape, read, weight.path, weight.dtype)
