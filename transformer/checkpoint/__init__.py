@@ -45,7 +45,7 @@ _PREFIX = "model."  # of the other families
 _HEADS = ("lm_head.weight", "embed_out.weight")
 # GGUF tensors with numbers that the config holds: RoPE scaling of Llama 3 and LongRoPE.
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-_SLAB_BYTES = 32 * 2**20  # size of the float32 rows converted at once
+_SLAB_BYTES = 16 * 2**20  # size of the float32 rows converted at once
 
 
 class Header(NamedTuple):

@@ -1,0 +1,90 @@
+"""As a new user would: pull a model of the hub by name, serve it, chat with the official client.
+
+The models are tiny and random, but laid out as publishers lay them out.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+from safetensors.numpy import load_file, save_file
+
+from tests import hub_server
+from tests.serve import processes, tiny, tiny_gguf
+
+pytestmark = pytest.mark.slow
+
+CARD = b"---\nlicense: mit\npipeline_tag: text-generation\n---\n# Tiny\n"
+
+
+def llama_safetensors(folder: Path) -> None:
+    """Write two shards with an index, and what is not to be fetched: a pickle, and another copy."""
+    tiny.model(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {name: files[i % 2] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"ONNX")
+
+
+def qwen2_gguf(folder: Path) -> None:
+    """Write two GGUF files, of which the more precise one is chosen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_gguf.write_gguf(folder / "tiny-qwen2-f16.gguf", "qwen2")
+    tiny_gguf.write_gguf(folder / "tiny-qwen2-q8_0.gguf", "qwen2")
+
+
+# To add: a GGUF file with a SentencePiece vocabulary.
+@pytest.mark.parametrize(
+    ("publish", "repository", "files"),
+    [
+        (llama_safetensors, "people/Tiny-Llama-Instruct", 6),
+        (qwen2_gguf, "people/Tiny-Qwen2-GGUF", 1),
+    ],
+)
+def test_pull_serve_and_chat(
+    tmp_path: Path, publish: Callable[[Path], None], repository: str, files: int
+) -> None:
+    publish(tmp_path / "published")
+    (tmp_path / "published" / "README.md").write_bytes(CARD)
+    with hub_server.serve_hub() as hub:
+        hub.publish(repository, tmp_path / "published")
+        variables = hub_server.variables(hub, tmp_path / "hf")
+        variables["PELLUCID_HOME"] = str(tmp_path / "home")
+        path = processes.run("pull", f"hf:{repository}", **variables).strip()
+        assert len(hub.sent) == files and Path(path).exists()
+        report = json.loads(processes.run("models", "check", path, "--json", **variables))
+        assert report["template"] == "yes"
+    # The hub is gone: what was pulled is served without it.
+    arguments = ("-m", f"hf:{repository}", "--dtype", "float32", "--cache-mb", "4")
+    with (
+        processes.serving(*arguments, **variables) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        assert [model.id for model in client.models.list()] == [repository]
+        assert client.models.retrieve(repository).id == repository
+        answer = client.chat.completions.create(
+            model=repository, messages=[{"role": "user", "content": "hi"}], max_tokens=4
+        )
+        assert answer.model == repository
+        assert answer.usage and answer.usage.completion_tokens >= 1
+        chunks = list(
+            client.chat.completions.create(
+                model=repository,
+                messages=[{"role": "user", "content": "hi"}],
+                max_tokens=4,
+                stream=True,
+            )
+        )
+        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+    said = processes.run("chat", "hi", "-m", repository, "--max-tokens", "2", "--json", **variables)
+    assert json.loads(said)["model"] == repository
