@@ -5,7 +5,7 @@ does not limit the time and memory of a template. Three rules do:
 
 1. *Few callables.* Only the filters, methods and globals that chat templates use are available.
    Operations that can create large values in one step (`*`, `replace`, `join`, `+`, an indent) are
-   checked before they run; `**`, and `%` and `format` on strings, are rejected.
+   checked before they run; `**`, and `%` on strings, are rejected; `format` only inserts.
 2. *Everything is metered.* The syntax tree of a template is rewritten before compilation. Every
    loop iteration, call, operation, slice, comparison and literal passes through `spend`, which
    limits the size of each value, the total size of all values, and the processor time.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import string
 import time
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextvars import ContextVar
@@ -33,6 +34,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
 
 MAX_SOURCE = 1 << 17  # characters of a template; the longest in use have about 30,000
 MAX_SIZE = 1 << 22  # size of one value or of the output: characters, plus 8 per container item
@@ -42,8 +44,8 @@ MAX_SECONDS = 2.0  # processor time of the thread, which does not depend on the 
 # fmt: off
 _FILTERS = [
     "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items",
-    "last", "length", "list", "lower", "map", "reject", "rejectattr", "reverse", "select",
-    "selectattr", "string", "title", "trim", "upper",
+    "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse",
+    "select", "selectattr", "sort", "string", "sum", "title", "trim", "unique", "upper",
 ]
 _METHODS: dict[type, set[str]] = {
     str: {
@@ -156,6 +158,26 @@ def _replace(text: str, old: str, new: str, count: int = -1) -> str:
     num_matches = text.count(old) if count < 0 else min(text.count(old), count)
     _check_size(len(text) + num_matches * max(0, len(new) - len(old)))
     return text.replace(old, new, count)
+
+
+def _format(text: str, *args: Any, **kwargs: Any) -> str:
+    """Return `text` with its fields replaced by the arguments, without format specifications."""
+    parts: list[str] = []
+    position = 0
+    for literal, name, spec, conversion in string.Formatter().parse(text):
+        parts.append(literal)
+        if name is None:
+            continue
+        if spec or conversion:
+            raise ValueError(f"format: {{{name}:{spec}}} is not available in chat templates")
+        if not name:
+            name, position = str(position), position + 1
+        try:
+            parts.append(str(spend(args[int(name)] if name.isdecimal() else kwargs[name])))
+        except (IndexError, KeyError):
+            raise ValueError(f"format: there is no argument {name}") from None
+        _check_size(sum(map(len, parts)))
+    return "".join(parts)
 
 
 def _join_filter(value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
@@ -311,7 +333,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "indent": _indent_filter,
             "join": _join_filter,
             "replace": _replace_filter,
-            "safe": str,  # autoescaping is off
+            "safe": Markup,  # autoescaping is off, but Markup + str escapes, as in transformers
             "tojson": _tojson,
         }
         self.filters = {name: _metered_function(function) for name, function in filters.items()}
@@ -345,8 +367,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 return attr in methods
         return super().is_safe_attribute(obj, attr, value)
 
-    def wrap_str_format(self, value: Any) -> None:
-        """Return None: disable Jinja's version of `str.format`, so that it is unknown."""
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Return a version of `str.format` that only inserts its arguments; else None."""
+        text = getattr(value, "__self__", None)
+        if getattr(value, "__name__", "") != "format" or not isinstance(text, str):
+            return None
+        return functools.partial(_format, text)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Return an item or attribute, and check the time."""

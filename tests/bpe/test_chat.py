@@ -404,3 +404,16 @@ def test_template_after_failed_rendering_renders():
     with pytest.raises(ValueError, match=naming(MAX_SIZE)):
         template.render([{"content": "a", "times": 10**12}])
     assert template.render([{"content": "a", "times": 3}]) == "aaa"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ ('<'|safe) + '<' }}", "<&lt;"),
+        ("{{ [3, 1, 2]|min }}{{ [3, 1, 2]|max }}{{ [3, 1, 2]|sort|join('') }}", "13123"),
+        ("{{ 'a{}b{}'.format(1, 'x') }}{{ '{k}'.format(k=2) }}", "a1bx2"),
+    ],
+)
+def test_template_renders_as_in_transformers(source, text):
+    """Published templates use these: Markup escapes what is added to it, as transformers does."""
+    assert ChatTemplate(source).render([]) == text
