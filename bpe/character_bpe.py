@@ -114,7 +114,7 @@ class CharacterBpe:
 
     def _split_unused(self, token: bytes) -> Sequence[bytes]:
         """Return the parts that are merged to an unused token, as SentencePiece splits it again."""
-        rank = self.vocab._rank_of_token if self.vocab.merges is None else self.vocab._rank_of_pair
+        rank = self.vocab.rank
         parts = merge(token, lambda a, b: NO_MERGE if len(a) + len(b) == len(token) else rank(a, b))
         return [token[i : i + 1] for i in range(len(token))] if len(parts) == 1 else parts
 

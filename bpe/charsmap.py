@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import functools
 import struct
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import regex
 
-from bpe.hash_table import concat_ranges
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _MAX_KEY_BYTES, _MAX_KEYS = 64, 1 << 20
 _MAX_GRAPHEME_BYTES = 5
@@ -45,10 +46,9 @@ class Charsmap:
             raise ValueError("precompiled_charsmap: the size of its trie exceeds the data")
         if size % 4:
             raise ValueError(f"precompiled_charsmap: a trie of {size} bytes, no multiple of 4")
-        self._units = np.frombuffer(data, "<u4", size // 4, 4)
         self._replacements = data[4 + size :]
         try:
-            keys = self._read_keys()
+            keys = self._read_keys(data[4 : 4 + size])
             self._keys = {key.decode(): value.decode() for key, value in keys.items()}
         except (IndexError, ValueError) as error:
             raise ValueError(f"precompiled_charsmap is damaged: {error}") from None
@@ -69,14 +69,18 @@ class Charsmap:
     def __reduce__(self) -> tuple[type[Charsmap], tuple[bytes]]:
         return Charsmap, (self._data,)
 
-    def _read_keys(self) -> dict[bytes, bytes]:
+    def _read_keys(self, trie: bytes) -> dict[bytes, bytes]:
         """Return all keys of the trie with their replacements.
 
         A unit of 32 bits is a node: its label (bits 0 to 7), whether it has a value (bit 8), and
         the offset to its children. The value is in a unit without a label: the offset of the
         replacement (bits 0 to 30).
         """
-        units, keys = self._units, {}
+        import numpy as np
+
+        from bpe.hash_table import concat_ranges
+
+        units, keys = np.frombuffer(trie, "<u4"), {}
         # The child of a node with the label b is at the node's offset XOR b.
         label = units & np.uint32(0x800000FF)
         nodes = np.flatnonzero((label > 0) & (label < 256)).astype(np.uint32)
@@ -148,6 +152,8 @@ class Charsmap:
 
 def _offsets(units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """Return the offset in each unit."""
+    import numpy as np
+
     return (units >> np.uint32(10)) << ((units & np.uint32(1 << 9)) >> np.uint32(6))
 
 

@@ -9,6 +9,8 @@ the pair that was. `merge_diagram` draws the steps as lines between the bytes:
     l───o───w   e───r     er = e + r    rank 258
     low 257     er 258
 
+`lattice_diagram` does the same for Unigram: it lists the tokens of the lattice, and the best path.
+
 `measure` computes the ratios of OpenAI's rule of thumb: a token is about 4 characters of English,
 or three quarters of a word.
 """
@@ -22,7 +24,10 @@ from itertools import pairwise
 from bpe.encoding import Encoding
 from bpe.merge import NO_MERGE
 from bpe.pretokenize import compile_pattern, split
+from bpe.sentencepiece import SentencePiece
 from bpe.special_tokens import fix_surrogates
+from bpe.unigram import Unigram
+from bpe.vocab import Vocab
 
 MAX_DRAWN_BYTES = 64  # longer pieces are not drawn
 _COLUMN_WIDTH = 4  # characters for one byte and the line to the next
@@ -76,16 +81,12 @@ def measure(encoding: Encoding, text: str) -> Measures:
     )
 
 
-def merge_steps(encoding: Encoding, piece: bytes) -> list[MergeStep]:
+def merge_steps(vocab: Vocab, piece: bytes) -> list[MergeStep]:
     """Return the merges that turn the bytes of a piece into tokens, in order."""
-    merges, ranks_of_tokens = encoding.merges, encoding.ranks
-    parts = [bytes([byte]) for byte in piece.translate(None, encoding.dropped_bytes)]
+    parts = [bytes([byte]) for byte in piece.translate(None, vocab.dropped_bytes)]
     steps: list[MergeStep] = []
     while True:
-        if merges is None:  # two tokens can be merged if the result is a token
-            ranks = [ranks_of_tokens.get(left + right, NO_MERGE) for left, right in pairwise(parts)]
-        else:
-            ranks = [merges.get(pair, NO_MERGE) for pair in pairwise(parts)]
+        ranks = [vocab.rank(left, right) for left, right in pairwise(parts)]
         lowest = min(ranks, default=NO_MERGE)
         if lowest == NO_MERGE:
             return steps
@@ -106,10 +107,12 @@ def explain(encoding: Encoding, text: str) -> str:
     Special tokens are encoded as ordinary text, lone surrogates as U+FFFD.
     """
     text = fix_surrogates(text)
-    if encoding.normalization:
-        text = unicodedata.normalize(encoding.normalization, text)
     ids = encoding.encode_ordinary(text)
-    pieces = split([compile_pattern(pattern) for pattern in encoding.patterns], text)
+    text = encoding.normalize(text)
+    if isinstance(encoding, SentencePiece):
+        pieces = encoding.segments(text)
+    else:
+        pieces = split([compile_pattern(pattern) for pattern in encoding.patterns], text)
     lines = [
         f"{text!r} is cut into {_plural(len(pieces), 'piece')} "
         f"and becomes {_plural(len(ids), 'token')}."
@@ -120,15 +123,26 @@ def explain(encoding: Encoding, text: str) -> str:
 
 
 def merge_diagram(encoding: Encoding, piece: str) -> str:
-    """Draw the merges of one piece, one per line, with its bytes in columns."""
+    """Draw the merges of one piece, one per line, with its bytes in columns.
+
+    Of a Unigram vocabulary, draw the lattice of the piece instead: see `lattice_diagram`.
+    """
     data = fix_surrogates(piece).encode().translate(None, encoding.dropped_bytes)
-    ids = encoding.encode_ordinary(piece)
+    vocab: Vocab = encoding
+    if isinstance(encoding, SentencePiece):
+        ids = encoding.encode_piece(data)
+        if isinstance(encoding.model, Unigram):
+            return lattice_diagram(encoding, data.decode())
+        assert encoding.model.vocab is not None
+        vocab = encoding.model.vocab
+    else:
+        ids = encoding.encode_ordinary(piece)
     tokens = encoding.decode_tokens_bytes(ids)
     if len(data) > MAX_DRAWN_BYTES:
         return f"{len(data)} bytes are too many to draw. They become:\n{_token_row(tokens, ids)}"
-    steps = merge_steps(encoding, data)
+    steps = merge_steps(vocab, data)
     first = tuple(bytes([byte]) for byte in data)
-    if steps and tokens != list(steps[-1].parts):  # `ignore_merges`
+    if vocab.ignore_merges and steps and tokens != list(steps[-1].parts):  # `ignore_merges`
         note = f"{render_token(data)} is a token, {ids[0]}, though no merges lead to it"
         return f"{_columns(first)}\n{note}"
 
@@ -147,6 +161,42 @@ def merge_diagram(encoding: Encoding, piece: str) -> str:
         (_pad(columns, columns_width) + _pad(equation, equation_width) + ranks).rstrip()
         for columns, equation, ranks in rows
     ]
+    return "\n".join([*lines, _token_row(tokens, ids)])
+
+
+def lattice_diagram(encoding: SentencePiece, text: str) -> str:
+    """List the tokens that can be a part of a text, with their scores, and the best path.
+
+    A token stands under its characters; `*` marks those of the best path. The score is the
+    logarithm of the probability, and the last line is the sum over the best path.
+
+    Args:
+        encoding: the encoding, with a Unigram model.
+        text: a normalized text.
+
+    Raises:
+        TypeError: if the model is not Unigram.
+    """
+    model = encoding.model
+    if not isinstance(model, Unigram):
+        raise TypeError(f"{encoding!r} is not a Unigram vocabulary")
+    ids = encoding.encode_piece(text.encode())
+    tokens = encoding.decode_tokens_bytes(ids)
+    if len(text) > MAX_DRAWN_BYTES:
+        return f"{len(text)} characters are too many to draw.\n{_token_row(tokens, ids)}"
+    cells = [render_token(character.encode()) for character in text]
+    offsets = [sum(map(_width, cells[:i])) for i in range(len(cells) + 1)]
+    best = {(begin, end) for begin, end, _ in model.best_path(text)}
+    lines, total = ["  " + "".join(cells)], 0.0
+    for edge in model.lattice(text):
+        is_best = (edge.begin, edge.end) in best
+        total += edge.score if is_best else 0.0
+        token = " " * offsets[edge.begin] + "".join(cells[edge.begin : edge.end])
+        note = "" if edge.is_known else "  no token"
+        lines.append(
+            f"{'* ' if is_best else '  '}{_pad(token, offsets[-1])}  {edge.score:8.3f}{note}"
+        )
+    lines.append(f"  {_pad('', offsets[-1])}  {total:8.3f}  best path")
     return "\n".join([*lines, _token_row(tokens, ids)])
 
 

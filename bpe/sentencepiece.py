@@ -161,7 +161,7 @@ class SentencePiece(Encoding):
         ids: list[int] = []
         for chunk in (text,) if self._pre_tokenizer is None else self._pre_tokenizer(text):
             begin = len(ids)
-            for segment in self._segments(chunk):
+            for segment in self.segments(chunk):
                 ids += self._encode_segment(segment)
             if self._fused_id is not None and self._fused_id in ids[begin:]:
                 ids[begin:] = _without_repeats(ids[begin:], self._fused_id)
@@ -177,7 +177,7 @@ class SentencePiece(Encoding):
                 cache[segment] = ids
         return ids
 
-    def _segments(self, chunk: str) -> list[str]:
+    def segments(self, chunk: str) -> list[str]:
         """Return the segments of a text that are encoded separately."""
         segments = self.pairs.split(chunk)
         if not self._split_before_space:

@@ -169,6 +169,12 @@ class Vocab:
         rank = self._rank_of_token if self.merges is None else self._rank_of_pair
         return [self.ranks[token] for token in merge(piece, rank)]
 
+    def rank(self, left: bytes, right: bytes) -> int:
+        """Return the rank of a pair of adjacent tokens; `NO_MERGE` if they cannot be merged."""
+        if self.merges is None:
+            return self._rank_of_token(left, right)
+        return self._rank_of_pair(left, right)
+
     def _rank_of_token(self, left: bytes, right: bytes) -> int:
         return self.ranks.get(left + right, NO_MERGE)
 

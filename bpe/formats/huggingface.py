@@ -10,13 +10,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bpe import chat_template_files, stop_tokens
 from bpe.added_tokens import AddedToken
-from bpe.character_bpe import CharacterBpe
 from bpe.encoding import Encoding
-from bpe.fast_piece_encoder import PieceModel
 from bpe.formats import pipeline
 from bpe.formats.byte_level import from_byte_level, is_plain_text
 from bpe.formats.checks import (
@@ -28,6 +26,7 @@ from bpe.formats.checks import (
     warn_unknown_keys,
 )
 from bpe.formats.sentencepiece import (
+    BPE,
     build_encoding,
     looks_special,
     parse_byte_piece,
@@ -35,8 +34,10 @@ from bpe.formats.sentencepiece import (
 )
 from bpe.formats.tokenizer import Tokenizer, build_chat_templates
 from bpe.normalizers import SPACE_SYMBOL
-from bpe.sentencepiece import SentencePiece
-from bpe.unigram import Unigram
+
+if TYPE_CHECKING:
+    from bpe.fast_piece_encoder import PieceModel
+    from bpe.sentencepiece import SentencePiece
 
 
 def from_folder(path: str | Path) -> Tokenizer:
@@ -118,7 +119,7 @@ def _from_tokenizer_model(
     template, named = build_chat_templates(
         templates, texts.get(bos_id or -1), texts.get(eos_id or -1), encoding, stop_ids
     )
-    is_bpe = isinstance(encoding.model, CharacterBpe)
+    is_bpe = model.model_type == BPE
     add_bos = get_one_of(config, "add_bos_token", [None, True, False], where)
     add_eos = get_one_of(config, "add_eos_token", [None, True, False], where)
     return Tokenizer(
@@ -296,6 +297,8 @@ def _sentencepiece(
     merges: Sequence[Any],
 ) -> SentencePiece:
     """Build an encoding of characters: BPE with byte fallback or Metaspace, or Unigram."""
+    from bpe.sentencepiece import SentencePiece  # loads NumPy
+
     model, where = spec["model"], f"{path}: model"
     steps, escapes = pipeline.read_normalizers(spec.get("normalizer"), f"{path}: normalizer")
     pre = pipeline.pre_tokenization(spec.get("pre_tokenizer"), escapes, f"{path}: pre_tokenizer")
@@ -323,7 +326,7 @@ def _sentencepiece(
 
     pieces = with_spaces({token: id for token, id in vocab.items() if token not in special})
     piece_model, unk_id = _piece_model(model, name, vocab, pieces, merges, byte_ids, where)
-    unigram = isinstance(piece_model, Unigram)
+    unigram = model["type"] == "Unigram"
     unk_tokens = [token for token, id in special.items() if id == unk_id]
     if unk_id is not None and not unk_tokens:
         token = next(token for token, id in vocab.items() if id == unk_id)
@@ -360,6 +363,9 @@ def _piece_model(
     where: str,
 ) -> tuple[PieceModel, int | None]:
     """Return the model, and the id of unknown text."""
+    from bpe.character_bpe import CharacterBpe
+    from bpe.unigram import Unigram
+
     if model["type"] == "Unigram":
         warn_unknown_keys(
             model, {"type", "unk_id", "vocab", "byte_fallback"}, "tokenizer.json: model"

@@ -10,16 +10,16 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bpe.added_tokens import AddedToken
-from bpe.character_bpe import CharacterBpe
 from bpe.charsmap import Charsmap
-from bpe.fast_piece_encoder import PieceModel
 from bpe.normalizers import SPACE_SYMBOL, SentencePieceNormalizer
 from bpe.protobuf import read_fields
-from bpe.sentencepiece import SentencePiece
-from bpe.unigram import Unigram
+
+if TYPE_CHECKING:
+    from bpe.fast_piece_encoder import PieceModel
+    from bpe.sentencepiece import SentencePiece
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 UNIGRAM, BPE = 1, 2  # types of models
@@ -161,6 +161,8 @@ def build_encoding(
     Raises:
         ValueError: if the vocabulary is inconsistent.
     """
+    from bpe.sentencepiece import SentencePiece  # loads NumPy
+
     pieces: dict[str, int] = {}
     special: dict[str, int] = {}
     added = {token.content: token for token in added_tokens}
@@ -239,6 +241,9 @@ def _build_model(
     unk_id: int | None,
     merges: Sequence[tuple[str, str]] | None,
 ) -> PieceModel:
+    from bpe.character_bpe import CharacterBpe
+    from bpe.unigram import Unigram
+
     options: dict[str, Any] = {"byte_ids": byte_ids, "unk_id": unk_id}
     if merges is not None:
         pairs = [

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bpe
+from bpe import explain
 from bpe.fast_piece_encoder import FastPieceEncoder
 from bpe.unigram import Unigram
 from tests.bpe.conftest import GOLDEN
@@ -272,3 +273,23 @@ def test_tokenizer_model_of_random_bytes_raises_value_error(tmp_path):
             bpe.load(path).encoding.encode_ordinary("low lower \U0001f600")
         except ValueError as error:
             assert str(path) in str(error)
+
+
+def test_explain_draws_merges_of_characters(load_model):
+    encoding = load_model("llama").encoding
+    text = explain.explain(encoding, "the")
+    assert str(encoding.encode_ordinary("the")[-1]) in text
+    steps = explain.merge_steps(encoding.model.vocab, b" the")
+    assert b"".join(steps[-1].parts) == b" the"
+
+
+def test_explain_lists_lattice_and_best_path(load_model):
+    encoding = load_model("unigram").encoding
+    lines = explain.lattice_diagram(encoding, " the\U0001f600").splitlines()
+    ids = encoding.encode_ordinary("the\U0001f600")
+    best = [line for line in lines if line.startswith("* ")]
+    assert len(best) == len(ids)
+    assert sum(float(line.split()[-1]) for line in best[:-1]) > -1000
+    assert "no token" in best[-1]
+    assert all(str(id) in lines[-1] for id in ids)
+    assert explain.explain(encoding, "the")
