@@ -4,7 +4,8 @@ Read in this order: `pretokenize` (splits text into pieces), `merge` (the algori
 merges are learned), `vocab` and `encoding` (the complete tokenizer). Then `openai_encodings` and
 `formats` (vocabularies in use), `save`, `stream` and `chat`; `fast_pretokenizer`, `split_points`,
 `hash_table`, `fast_encoder` and `train_fast` (the same results for long texts, with NumPy),
-`trainer`; and `wordpiece` (the tokenizer of BERT). `python -m bpe "some text"` prints tokens;
+`trainer`; `sentencepiece`, with `character_bpe` and `unigram` (the vocabularies of Llama 2, Gemma
+and T5); and `wordpiece` (the tokenizer of BERT). `python -m bpe "some text"` prints tokens;
 `explain` prints the merges that lead to them.
 
     import bpe

@@ -85,8 +85,8 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
             "--vocab",
             default=_DEFAULT_VOCAB,
             metavar="NAME|PATH",
-            help="name of an OpenAI encoding or model, a .gguf or .tiktoken file, "
-            f"a tokenizer.json, or the folder of one; default {_DEFAULT_VOCAB}",
+            help="name of an OpenAI encoding or model, a .gguf, .tiktoken or .model "
+            f"file, a tokenizer.json, or the folder of one; default {_DEFAULT_VOCAB}",
         )
 
     def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -292,7 +292,7 @@ def _load_encoding(name: str) -> bpe.Encoding:
     """Return the encoding of an encoding name, a file, a folder, or an OpenAI model name."""
     if name in bpe.list_encoding_names():
         return bpe.get_encoding(name)
-    if Path(name).exists() or Path(name).suffix in (".gguf", ".json", ".tiktoken"):
+    if Path(name).exists() or Path(name).suffix in (".gguf", ".json", ".model", ".tiktoken"):
         return bpe.load(name).encoding
     try:
         return bpe.encoding_for_model(name)

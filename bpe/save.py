@@ -55,6 +55,7 @@ def tiktoken_lines(encoding: Encoding) -> str:
         ValueError: if the ids are not merge ranks, because the encoding has a list of merges (from
             a Hugging Face or GGUF file), a normalization, or dropped bytes.
     """
+    _check_byte_level(encoding)
     if encoding.merges is not None or encoding.normalization or encoding.dropped_bytes:
         raise ValueError(
             f"{encoding!r} cannot be saved as a .tiktoken file: its ids are not merge ranks; "
@@ -75,6 +76,7 @@ def tokenizer_json(encoding: Encoding) -> str:
         ValueError: if tokenizers would interpret the split pattern differently, or if a special
             token has the same text as an ordinary token.
     """
+    _check_byte_level(encoding)
     characters = bytes_to_unicode()
 
     def as_text(token: bytes) -> str:
@@ -144,6 +146,20 @@ def tokenizer_json(encoding: Encoding) -> str:
         },
     }
     return json.dumps(spec, ensure_ascii=False, indent=1) + "\n"
+
+
+def _check_byte_level(encoding: Encoding) -> None:
+    if not encoding.patterns:
+        raise ValueError(
+            f"{encoding!r} is a vocabulary of characters (SentencePiece), which cannot be saved; "
+            "copy the files that it was read from"
+        )
+    if encoding.unreachable_tokens or any(
+        token.lstrip or token.rstrip or token.single_word for token in encoding.added_tokens
+    ):
+        raise ValueError(f"{encoding!r} has added tokens with flags, which cannot be saved")
+    if texts := [token.content for token in encoding.added_tokens if not token.special]:
+        raise ValueError(f"{encoding!r} has the added token {texts[0]!r}, which cannot be saved")
 
 
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import bpe
 from bpe import explain
 from bpe.fast_piece_encoder import FastPieceEncoder
+from bpe.save import save
 from bpe.unigram import Unigram
 from tests.bpe.conftest import GOLDEN
 from tests.naming import naming
@@ -293,3 +294,9 @@ def test_explain_lists_lattice_and_best_path(load_model):
     assert "no token" in best[-1]
     assert all(str(id) in lines[-1] for id in ids)
     assert explain.explain(encoding, "the")
+
+
+def test_save_refuses_vocabulary_of_characters(tmp_path, load_model):
+    for name in ("t.json", "t.tiktoken"):
+        with pytest.raises(ValueError, match="SentencePiece"):
+            save(load_model("llama").encoding, tmp_path / name)
