@@ -26,11 +26,13 @@ def test_cross_entropy_equals_numpy_float64():
     np.testing.assert_allclose(right, ((logits.argmax(1) == TARGETS) * WEIGHTS).sum())
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 25, 50, 1000])
-def test_chunked_sums_and_gradients_equal_the_definition(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "softcap"), [(1, None), (7, None), (25, None), (50, None), (1000, None), (25, 2.0)]
+)
+def test_chunked_sums_and_gradients_equal_the_definition(chunk, softcap):
     def both(function, **more):
         def loss(x, table):
-            loss, right = function(x, table, TARGETS, WEIGHTS, **more)
+            loss, right = function(x, table, TARGETS, WEIGHTS, softcap=softcap, **more)
             return 3.0 * loss, right
 
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(X, TABLE)

@@ -87,12 +87,44 @@ def test_rotate_matches_reference(impl):
     check_impl("rotate", impl, (normal(2, 5, 3, 16), jnp.cos(angle), jnp.sin(angle)))
 
 
+def test_rotate_of_first_channels_leaves_the_others():
+    x, angle = normal(2, 5, 3, 16), normal(2, 5, 1, 3)
+    rotated = kernels.rotate(x, jnp.cos(angle), jnp.sin(angle))
+    np.testing.assert_array_equal(rotated[..., 6:], x[..., 6:])
+    first = kernels.rotate(x[..., :6], jnp.cos(angle), jnp.sin(angle))
+    np.testing.assert_array_equal(rotated[..., :6], first)
+
+
 @pytest.mark.parametrize("impl", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
 @pytest.mark.parametrize("length", [20, 300, 1100])
 def test_attend_matches_reference(impl, window, length):
     heads = (normal(2, length, 4, 8), normal(2, length, 2, 8), normal(2, length, 2, 8))
     check_impl("attend", impl, heads, window=window)
+
+
+@pytest.mark.parametrize("impl", kernels.IMPLS["attend"])
+def test_attend_with_soft_cap_matches_reference(impl):
+    """In the forward and the backward pass; an implementation without a cap raises."""
+    heads = (3 * normal(1, 150, 4, 8), 3 * normal(1, 150, 2, 8), normal(1, 150, 2, 8))
+    weights = np.asarray(normal(1, 150, 4, 8))
+
+    def gradients(impl):
+        def loss(*heads):
+            return (kernels.attend(*heads, window=40, softcap=2.0, impl=impl) * weights).sum()
+
+        return lambda *heads: jnp.concatenate(jax.grad(loss, (0, 1, 2))(*heads), axis=2)
+
+    if impl == "jax_nn":
+        with pytest.raises(kernels.Unavailable, match=naming("jax_nn", 2.0)):
+            kernels.attend(*heads, softcap=2.0, impl=impl)
+        return
+    check_impl("attend", impl, heads, softcap=2.0, window=40)
+    expected = in_float64(gradients("reference"))(*heads)
+    actual = jax.jit(gradients(impl))(*heads)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    other = kernels.attend(*heads, window=40, impl=impl)
+    assert np.abs(kernels.attend(*heads, window=40, softcap=2.0, impl=impl) - other).max() > 0.1
 
 
 def segments_of(*lengths: int) -> np.ndarray:
@@ -161,6 +193,8 @@ def test_attend_cached_matches_reference(impl, window, kv_dtype, num_new, starts
     )
     arguments = (normal(3, num_new, 4, 8), keys, values, tables, np.array(starts, np.int32))
     check_impl("attend_cached", impl, arguments, window=window)
+    if kv_dtype == "float32" and num_new == 1:
+        check_impl("attend_cached", impl, arguments, window=window, softcap=0.5)
 
 
 @pytest.mark.parametrize("impl", kernels.IMPLS["gated_mlp"])
