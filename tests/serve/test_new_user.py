@@ -47,7 +47,7 @@ def qwen2_gguf(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("publish", "repository", "files"),
     [
-        (llama_safetensors, "people/Tiny-Llama-Instruct", 6),
+        (llama_safetensors, "people/Tiny-Llama-Instruct", 7),
         (qwen2_gguf, "people/Tiny-Qwen2-GGUF", 1),
     ],
 )

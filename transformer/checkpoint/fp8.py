@@ -82,13 +82,16 @@ def _scaled(weight: LazyTensor, scale: LazyTensor, name: str, block: Any) -> Laz
         raise ValueError(f"{weight.path}: {name} is the scale of a weight of shape {weight.shape}")
     num_rows, num_columns = weight.shape
     shape = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1) if scale.shape else (1, 1)
-    is_blocks = block is not None and shape != (1, 1)
+    if shape == (1, 1):
+        block = None
     try:
-        rows, columns = map(int, block) if is_blocks else (-(-num_rows // shape[0]), num_columns)
+        rows, columns = (
+            map(int, block) if block is not None else (-(-num_rows // shape[0]), num_columns)
+        )
         expected = (math.ceil(num_rows / rows), math.ceil(num_columns / columns))
     except (TypeError, ValueError, ZeroDivisionError):
         raise ValueError(f"weight_block_size is {block!r}: use two positive integers") from None
-    if shape != expected or (not is_blocks and shape[0] not in (1, num_rows)):
+    if shape != expected or (block is None and shape[0] not in (1, num_rows)):
         raise ValueError(
             f"{scale.path}: {name} has the shape {scale.shape}, which does not fit a weight of "
             f"shape {weight.shape}"
