@@ -7,7 +7,7 @@ ids, types = tokenizer.encode_pair("question", "document")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class EncoderTokenizer:
         num_ids: int,
         special_tokens: Mapping[str, int],
         lowercase: bool = False,
+        has_types: bool = True,
     ):
         """Create a tokenizer.
 
@@ -45,8 +46,10 @@ class EncoderTokenizer:
             num_ids: one more than the highest id.
             special_tokens: text to id of the special tokens.
             lowercase: whether to convert texts to lower case first, except special tokens.
+            has_types: whether the model is given the types of tokens; else all are 0.
         """
         self._encode, self._num_ids, self._lowercase = encode, num_ids, lowercase
+        self._has_types = has_types
         self.post_processor, self.special_tokens = post_processor, dict(special_tokens)
 
     def __len__(self) -> int:
@@ -96,7 +99,14 @@ class EncoderTokenizer:
             ValueError: if `max_length` is too small for the special tokens.
         """
         parts = [self.encode(text, add_special_tokens=False) for text in (first, second)]
-        return self.post_processor.process_pair(parts[0], parts[1], max_length)
+        return self.process_pair(parts[0], parts[1], max_length)
+
+    def process_pair(
+        self, first: Sequence[int], second: Sequence[int], max_length: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return a pair of encoded texts with special tokens; see `encode_pair`."""
+        ids, types = self.post_processor.process_pair(first, second, max_length)
+        return ids, types if self._has_types else [0] * len(ids)
 
     def encode_batch(
         self, texts: Iterable[str], *, max_length: int | None = None
@@ -130,33 +140,51 @@ def load_encoder_tokenizer(path: str | Path, *, lowercase: bool = False) -> Enco
     path = Path(path)
     if not path.is_dir():
         return _from_gguf(path, lowercase)
-    file = path / "tokenizer.json"
+    file, has_types = path / "tokenizer.json", _has_types(path / "tokenizer_config.json")
     if not file.exists() and (path / "vocab.txt").exists():
-        return _from_wordpiece(formats.load_wordpiece(path), lowercase)
+        return _from_wordpiece(formats.load_wordpiece(path), lowercase, has_types)
     if not file.exists():
         tokenizer = formats.load(path)
         return _from_tokenizer(tokenizer, _bos_and_eos(tokenizer), lowercase)
     spec = read_json(file)
     if isinstance(spec.get("model"), dict) and spec["model"].get("type") == "WordPiece":
-        return _from_wordpiece(formats.load_wordpiece(path), lowercase)
+        return _from_wordpiece(formats.load_wordpiece(path), lowercase, has_types)
     tokenizer = formats.load(path)
     where, special = f"{file}: post_processor", tokenizer.encoding.special_tokens
     processor = read_post_processor(spec.get("post_processor"), where, special)
-    return _from_tokenizer(tokenizer, processor, lowercase)
+    return _from_tokenizer(tokenizer, processor, lowercase, has_types)
 
 
-def _from_wordpiece(tokenizer: WordPiece, lowercase: bool) -> EncoderTokenizer:
+def _has_types(path: Path) -> bool:
+    """Whether transformers gives a model the types of tokens, from a tokenizer_config.json.
+
+    Without `model_input_names`, tokenizers of models do, and the generic class does not.
+    """
+    config = read_json(path) if path.exists() else {}
+    names = config.get("model_input_names")
+    if isinstance(names, list):
+        return "token_type_ids" in names
+    return config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _from_wordpiece(
+    tokenizer: WordPiece, lowercase: bool, has_types: bool = True
+) -> EncoderTokenizer:
     return EncoderTokenizer(
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         bert_processor(tokenizer.cls_id, tokenizer.sep_id),
         num_ids=len(tokenizer),
         special_tokens=tokenizer.special_tokens,
         lowercase=lowercase and not tokenizer.lowercase,
+        has_types=has_types,
     )
 
 
 def _from_tokenizer(
-    tokenizer: formats.Tokenizer, processor: PostProcessor, lowercase: bool
+    tokenizer: formats.Tokenizer,
+    processor: PostProcessor,
+    lowercase: bool,
+    has_types: bool = True,
 ) -> EncoderTokenizer:
     encoding = tokenizer.encoding
     return EncoderTokenizer(
@@ -165,6 +193,7 @@ def _from_tokenizer(
         num_ids=encoding.n_vocab,
         special_tokens=encoding.special_tokens,
         lowercase=lowercase,
+        has_types=has_types,
     )
 
 

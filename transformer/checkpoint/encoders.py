@@ -84,13 +84,16 @@ def read_config(path: Path) -> AnyConfig:
 
 def read_settings(path: Path) -> Settings:
     """Return the settings of a folder or GGUF file that concern texts; raises as `load`."""
-    if path.is_dir() and sentence_transformers.has_modules(path):
+    if path.is_dir() and sentence_transformers.has_pooling(path):
         modules = sentence_transformers.read(path)
         return Settings(
             modules.transformer, dict(modules.prompts), modules.default_prompt, modules.lowercase
         )
-    lowercase = path.is_dir() and sentence_transformers.read_transformer_settings(path)[1]
-    return Settings(path, {}, "", lowercase)
+    if not path.is_dir():
+        return Settings(path, {}, "", False)
+    folder = sentence_transformers.transformer_folder(path)
+    lowercase = sentence_transformers.read_transformer_settings(folder)[1]
+    return Settings(folder, {}, "", lowercase)
 
 
 def is_encoder(path: Path) -> bool:

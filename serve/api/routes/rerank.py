@@ -227,8 +227,8 @@ def _encode_pairs(
     body: Truncation, model: RerankModel, pairs: Sequence[Pair]
 ) -> list[tuple[list[int], list[int]]]:
     """Return the token ids of each pair with special tokens, and the type of each token."""
-    processor = model.tokenizer.post_processor
-    num_special = len(processor.process_pair([], [])[0])
+    tokenizer = model.tokenizer
+    num_special = len(tokenizer.process_pair([], [])[0])
     limit = _limit(body, model.context, num_special + 2)
     questions: dict[str, list[int]] = {}
     encoded, total = [], 0
@@ -244,7 +244,7 @@ def _encode_pairs(
             alone = len(question) + num_special
             path = first_path if alone >= model.context else second_path
             raise _too_long(path, length, model.context)
-        encoded.append(processor.process_pair(question, document, limit))
+        encoded.append(tokenizer.process_pair(question, document, limit))
         total += len(encoded[-1][0])
         _check_total(total, second_path)
     return encoded
