@@ -34,6 +34,7 @@ from bpe.formats.sentencepiece import (
 )
 from bpe.formats.tokenizer import Tokenizer, build_chat_templates
 from bpe.normalizers import SPACE_SYMBOL
+from bpe.pretokenize import GPT2, QWEN2
 
 if TYPE_CHECKING:
     from bpe.fast_piece_encoder import PieceModel
@@ -41,7 +42,10 @@ if TYPE_CHECKING:
 
 
 def from_folder(path: str | Path) -> Tokenizer:
-    """Read `tokenizer.json`, `tokenizer_config.json` and the chat templates of a model folder.
+    """Read the tokenizer and the chat templates of a model folder.
+
+    The tokenizer is a `tokenizer.json`, a `tokenizer.model`, or a `vocab.json` with a `merges.txt`,
+    as in GPT-2; the settings beside it are in `tokenizer_config.json`.
 
     Raises:
         FileNotFoundError: if there is no `tokenizer.json`.
@@ -59,8 +63,79 @@ def from_folder(path: str | Path) -> Tokenizer:
             return _from_tokenizer_model(
                 path / "tokenizer.model", path.name, config, bos, eos, templates, declared
             )
-        raise FileNotFoundError(f"{path}: no tokenizer.json or tokenizer.model in this folder")
+        if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+            spec = _spec_of_gpt2_files(path, config, str(config_path))
+            return _from_tokenizer_json(
+                path / "vocab.json", path.name, bos, eos, templates, declared, spec
+            )
+        raise FileNotFoundError(
+            f"{path}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+        )
     return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, templates, declared)
+
+
+# tokenizer_class in tokenizer_config.json -> the split pattern, and the normalizer.
+_GPT2_CLASSES: dict[str | None, tuple[str, str | None]] = {
+    None: (GPT2, None),
+    "GPT2Tokenizer": (GPT2, None),
+    "RobertaTokenizer": (GPT2, None),
+    "CodeGenTokenizer": (GPT2, None),
+    "Qwen2Tokenizer": (QWEN2, "NFC"),
+}
+
+
+def _spec_of_gpt2_files(path: Path, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the tokenizer.json that is equivalent to the vocab.json and merges.txt of a folder."""
+    vocab, merges_path = read_json(path / "vocab.json"), path / "merges.txt"
+    kind = config.get("tokenizer_class")
+    kind = kind.removesuffix("Fast") if isinstance(kind, str) else kind
+    get_one_of({"tokenizer_class": kind}, "tokenizer_class", list(_GPT2_CLASSES), where)
+    get_one_of(config, "add_prefix_space", [None, False], where)
+    pattern, normalization = _GPT2_CLASSES[kind]
+    try:
+        lines = merges_path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{merges_path} is not UTF-8: {error}") from error
+    merges: list[list[str]] = []
+    for number, line in enumerate(lines, 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        if len(parts := line.split(" ")) != 2:
+            raise ValueError(f"{merges_path}: line {number} is {short_repr(line)}, not two tokens")
+        merges.append(parts)
+    names = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad", "cls", "sep")]
+    added = {
+        text: AddedToken(content=text, id=vocab[text])
+        for name in [*names, "<|endoftext|>"]
+        if (text := token_text(name, where)) is not None and text in vocab
+    }
+    added |= {token.content: token for token in _config_added_tokens(config, where)}
+    around = None
+    if kind == "RobertaTokenizer":
+        cls, sep = (token_text(config.get(key, text), where) for key, text in _ROBERTA)
+        around = {"type": "RobertaProcessing", "cls": [cls, 0], "sep": [sep, 0]}
+    return {
+        "added_tokens": [dataclasses.asdict(token) for token in added.values()],
+        "normalizer": normalization and {"type": normalization},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": pattern},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        },
+        "post_processor": around,
+        "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+
+
+_ROBERTA = (("cls_token", "<s>"), ("sep_token", "</s>"))
 
 
 def from_tokenizer_json(path: str | Path) -> Tokenizer:
@@ -158,8 +233,9 @@ def _from_tokenizer_json(
     eos: str | None,
     templates: Mapping[str, str],
     declared: Sequence[tuple[str, Any]] = (),
+    spec: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
-    spec = read_json(path)
+    spec = read_json(path) if spec is None else spec
     # `truncation` and `padding` are defaults for calls; they do not change the ids.
     known_keys = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
     warn_unknown_keys(spec, known_keys | {"post_processor", "decoder", "model"}, "tokenizer.json")

@@ -649,3 +649,37 @@ def test_chat_templates_match_transformers(model_folder, write_json, files):
             (model_folder / name).write_text(content)
     theirs = PreTrainedTokenizerFast.from_pretrained(model_folder).chat_template
     assert templates(model_folder) == (theirs if isinstance(theirs, dict) else {"default": theirs})
+
+
+def test_folder_with_vocab_json_and_merges_txt_loads(tmp_path, write_json):
+    spec = tiny.tokenizer_json()
+    write_json(spec["model"]["vocab"], "vocab.json")
+    lines = [" ".join(pair) for pair in spec["model"]["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n", "utf-8")
+    added = {str(id): {"content": token, "special": True} for token, id in tiny.SPECIAL.items()}
+    config = {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": added}
+    write_json(config | {"eos_token": "<|endoftext|>"}, "tokenizer_config.json")
+    tokenizer = bpe.load(tmp_path)
+    check(tokenizer)
+    assert tokenizer.eos_id == 0
+    write_json(config | {"tokenizer_class": "OtherTokenizer"}, "tokenizer_config.json")
+    with pytest.raises(ValueError, match=naming("tokenizer_config.json", "tokenizer_class")):
+        bpe.load(tmp_path)
+    write_json(config, "tokenizer_config.json")
+    (tmp_path / "merges.txt").write_text("o w l\n")
+    with pytest.raises(ValueError, match=naming("merges.txt", 1)):
+        bpe.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["  ", "low!"])
+def test_added_token_of_plain_text_is_matched_in_every_text(write_json, content):
+    """GPT-NeoX was refused, whose added tokens are runs of spaces."""
+    spec = tiny.tokenizer_json()
+    token = {"id": 900, "content": content, "special": False, "normalized": True}
+    spec["added_tokens"].append(token)
+    encoding = bpe.load(write_json(spec)).encoding
+    assert 900 in encoding.encode_ordinary(f"a{content}b")
+    assert encoding.decode(encoding.encode_ordinary(f"a{content}b")) == f"a{content}b"
+    long = f"a{content}b " * 8000
+    (fast,) = encoding._encode_fast([long], frozenset())
+    assert fast.tolist().count(900) == 8000
