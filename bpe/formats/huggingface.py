@@ -25,6 +25,7 @@ from bpe.formats.checks import (
     token_text,
     warn_unknown_keys,
 )
+from bpe.formats.post_processor import read_post_processor
 from bpe.formats.sentencepiece import (
     BPE,
     build_encoding,
@@ -242,14 +243,16 @@ def _from_tokenizer_json(
     model = get_required(spec, "model", dict, str(path))
     where = f"{path}: model"
     vocab = _read_vocab(model, where)
-    prefix_token, suffix_token = pipeline.added_around(
-        spec.get("post_processor"), f"{path}: post_processor"
+    added = read_added(spec, vocab, str(path))
+    prefix_token, suffix_token = _tokens_around(
+        spec.get("post_processor"),
+        f"{path}: post_processor",
+        {**vocab, **{token.content: token.id for token in added}},
     )
     if prefix_token is not None and bos is not None and prefix_token != bos:
         raise ValueError(f"{path}: post_processor adds {prefix_token!r}, but bos_token is {bos!r}")
     bos = bos or prefix_token
     eos = suffix_token or eos
-    added = read_added(spec, vocab, str(path))
     special = {token.content: token.id for token in added if token.special}
     text_tokens = {token.content for token in added if not token.special}
     merges = [  # strings in old files
@@ -289,6 +292,23 @@ def _from_tokenizer_json(
         add_eos=suffix_token is not None,
         stop_ids=stop_ids,
     )
+
+
+def _tokens_around(
+    spec: Any, where: str, vocab: Mapping[str, int]
+) -> tuple[str | None, str | None]:
+    """Return the tokens that the post-processor adds before and after a text, or None."""
+    processor = read_post_processor(spec, where, vocab)
+    tokens: list[str | None] = []
+    for ids in (processor.prefix, processor.suffix):
+        names = [token for token, id in vocab.items() if ids == (id,)]
+        if bool(ids) != bool(names):
+            raise ValueError(
+                f"{where}: {short_repr(spec)} must add at most one token of the vocabulary before "
+                "a text, and one after it"
+            )
+        tokens.append(names[0] if names else None)
+    return tokens[0], tokens[1]
 
 
 def _read_vocab(model: Mapping[str, Any], where: str) -> dict[str, int]:

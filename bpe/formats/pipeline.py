@@ -419,48 +419,6 @@ def decoder_strips_prefix(spec: Any, where: str) -> bool:
     return strips
 
 
-def added_around(spec: Any, where: str) -> tuple[str | None, str | None]:
-    """Return the tokens that the post-processor adds before and after a text, or None.
-
-    Raises:
-        ValueError: if a step is not supported, or adds more than one token on a side.
-    """
-    before: list[str] = []
-    after: list[str] = []
-    for step in steps_of(spec, "processors", where):
-        match step:
-            case {"type": "ByteLevel"}:
-                pass  # changes offsets only
-            case {"type": "TemplateProcessing", "single": list(single)}:
-                names = [_template_item(item) for item in single]
-                if None in names or names.count("") != 1:
-                    raise _unsupported(step, where)
-                before += [name for name in names[: names.index("")] if name]
-                after += [name for name in names[names.index("") + 1 :] if name]
-            case {
-                "type": "RobertaProcessing" | "BertProcessing",
-                "cls": [str(cls), int()],
-                "sep": [str(sep), int()],
-            }:
-                before.append(cls)
-                after.append(sep)
-            case _:
-                raise _unsupported(step, where)
-    if len(before) > 1 or len(after) > 1:
-        raise _unsupported(spec, where)
-    return (before or [None])[0], (after or [None])[0]
-
-
-def _template_item(item: Any) -> str | None:
-    """Return the token of an item of a template, "" for the text, None for anything else."""
-    match item:
-        case {"Sequence": {"id": "A"}}:
-            return ""
-        case {"SpecialToken": {"id": str(token)}} if token:
-            return token
-    return None
-
-
 def join_steps(steps: Sequence[Step]) -> Step:
     """Return one step for several, which may be none."""
     return normalizers.sequence(list(steps))
