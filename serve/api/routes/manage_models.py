@@ -55,13 +55,13 @@ _ERRORS: dict[type[Failure], tuple[int, str]] = {
 
 
 class ModelBody(Body):
-    """POST /pellucid/v1/models/load and /unload."""
+    """Body of POST /pellucid/v1/models/load and /unload."""
 
     model: str = Field(min_length=1)
 
 
 class PullBody(ModelBody):
-    """POST /pellucid/v1/models/pull."""
+    """Body of POST /pellucid/v1/models/pull."""
 
     stream: bool = True
 

@@ -74,7 +74,7 @@ class Truncation(Body):
 
 
 class RerankBody(Truncation):
-    """POST /v1/rerank."""
+    """Body of POST /v1/rerank."""
 
     query: Text
     documents: Annotated[
