@@ -294,6 +294,7 @@ def test_unsupported_cross_encoder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=naming("classifier_activation", "'tanh'")):
         bert.read_config(folder)
     folder = copied("nomic", tmp_path)
+    (folder / "modules.json").unlink()
     edited(folder / "config.json", architectures=["NomicBertForSequenceClassification"])
     with pytest.raises(ValueError, match=naming("'nomic_bert'")):
         bert.read_config(folder)
