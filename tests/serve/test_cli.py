@@ -106,7 +106,7 @@ def test_help_imports_no_heavy_module() -> None:
         (["tokenize"], 2, ["text"]),
         (["pull", "--all", SMALL], 2, ["--all"]),
         (["pull", "smollm"], 3, ["'smollm'"]),
-        (["pull", "hf:owner/repo"], 2, ["'hf:owner/repo'", "hf:OWNER/REPO@REVISION"]),
+        (["pull", "hf:owner"], 2, ["'hf:owner'", "hf:OWNER/REPO"]),
         (["pull", "--verify", SMALL], 3, [f"`pellucid pull {SMALL}`"]),
         (["tokenize", "hi", "-m", "a=/nowhere.gguf"], 3, ["/nowhere.gguf"]),
         (["tokenize", "hi", "-m", f"a={__file__}"], 2, [__file__, "GGUF"]),

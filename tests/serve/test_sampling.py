@@ -6,6 +6,7 @@ import json
 import gguf
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 import transformer.sampling
 from serve.api.settings import ServerSettings
@@ -237,7 +238,14 @@ def test_server_shows_defaults_of_specs_and_loaded_models(tmp_path, source):
         patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
         files = [ModelFiles("tiny", folder, "me")]
         settings = ServerSettings(home=tmp_path, cache_budget=2**20)
-        with serve._open_registry(files, settings, "float32", {}, (), source) as registry:
+        with serve._open_registry(
+            files,
+            settings,
+            "float32",
+            catalogue.load(tmp_path),
+            serve_pulled=False,
+            sampling_defaults=source,
+        ) as registry:
             from serve.api.routes.models import model_to_api
 
             assert [
@@ -253,15 +261,12 @@ def test_models_route_shows_defaults(model):
     assert model_entry["sampling"] == OWN
 
 
-def test_models_command_shows_catalogue_defaults(tmp_path, monkeypatch, capsys):
+def test_models_command_shows_catalogue_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("PELLUCID_HOME", str(tmp_path))
-    models.models(json=True)
-    entries = {
-        model_entry["id"]: model_entry
-        for model_entry in json.loads(capsys.readouterr().out)["models"]
-    }
+    pellucid = CliRunner()
+    printed = json.loads(pellucid.invoke(models.app, ["--json"]).stdout)["models"]
+    entries = {model_entry["id"]: model_entry for model_entry in printed}
     chat = entries["smollm2-135m-instruct"]["sampling"]
     assert chat == generation_config.resolve_params({}, {"temperature": 0.2, "top_p": 0.9})
     assert entries["all-minilm-l6-v2"]["sampling"] is None
-    models.models(json=False)
-    assert names(capsys.readouterr().out, "temperature 0.2", "top_p 0.9")
+    assert names(pellucid.invoke(models.app).stdout, "temperature 0.2", "top_p 0.9")
