@@ -35,7 +35,9 @@ def load_wordpiece(path: str | Path) -> WordPiece:
         return _wordpiece_json(path)
     if path.suffix == ".txt":
         return _wordpiece_txt(path)
-    raise ValueError(f"{path}: expected a tokenizer.json or a vocab.txt, got {path.suffix!r}")
+    raise ValueError(
+        f"{path}: a WordPiece vocabulary must be a .json or .txt file, got {path.suffix!r}"
+    )
 
 
 def _wordpiece_txt(path: Path) -> WordPiece:
