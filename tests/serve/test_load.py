@@ -115,7 +115,7 @@ def too_large_vocabulary(folder: Path) -> None:
     [
         (damaged_tensors, ["model.norm.weight"]),
         (damaged_template, ["template"]),
-        (damaged_vocabulary, ["SentencePiece"]),
+        (damaged_vocabulary, ["pre_tokenizer"]),
         (too_large_vocabulary, [999, tiny.CFG.vocab_size]),
     ],
 )
