@@ -43,12 +43,18 @@ def qwen2_gguf(folder: Path) -> None:
     tiny_gguf.write_gguf(folder / "tiny-qwen2-q8_0.gguf", "qwen2")
 
 
-# To add: a GGUF file with a SentencePiece vocabulary.
+def sentencepiece_gguf(folder: Path) -> None:
+    """Write a GGUF file with a vocabulary in Llama 2's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_gguf.write_gguf(folder / "tiny-llama-2.Q8_0.gguf", tokenizer="llama")
+
+
 @pytest.mark.parametrize(
     ("publish", "repository", "files"),
     [
         (llama_safetensors, "people/Tiny-Llama-Instruct", 7),
         (qwen2_gguf, "people/Tiny-Qwen2-GGUF", 1),
+        (sentencepiece_gguf, "people/Tiny-Llama-2-GGUF", 1),
     ],
 )
 def test_pull_serve_and_chat(

@@ -48,19 +48,16 @@ def write_catalogue(home: Path) -> None:
     (home / "models.toml").write_text(text, "utf-8")
 
 
-def write_gguf(path: Path, architecture: str = "llama") -> int:
+def write_gguf(path: Path, architecture: str = "llama", tokenizer: str = "gpt2") -> int:
     """Write a decoder with a tokenizer of single bytes as GGUF; return the number of weights.
 
     Args:
         path: the file.
         architecture: "llama", or "qwen2", which has biases.
+        tokenizer: "gpt2", or "llama" for a SentencePiece vocabulary with byte fallback.
     """
-    characters = bytes_to_unicode()
-    space = characters[ord(" ")]
-    tokens = [characters[byte] for byte in range(256)]
-    tokens += [f"{space}t", *SPECIAL]  # one merge: GGUF arrays must not be empty
-    kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * len(SPECIAL)
     writer = gguf.GGUFWriter(path, architecture)
+    tokens = _add_sentencepiece(writer) if tokenizer == "llama" else _add_byte_level(writer)
     writer.add_block_count(LAYERS)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(D_MODEL)
@@ -73,11 +70,6 @@ def write_gguf(path: Path, architecture: str = "llama") -> int:
     writer.add_rope_freq_base(10_000.0)
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([f"{space} t"])
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     writer.add_chat_template(TEMPLATE)
     random = np.random.default_rng(0)
@@ -107,3 +99,43 @@ def write_gguf(path: Path, architecture: str = "llama") -> int:
     writer.write_tensors_to_file()
     writer.close()
     return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def _add_byte_level(writer: gguf.GGUFWriter) -> list[str]:
+    """Add a vocabulary of bytes and one merge, and return its tokens."""
+    characters = bytes_to_unicode()
+    space = characters[ord(" ")]
+    tokens = [characters[byte] for byte in range(256)]
+    tokens += [f"{space}t", *SPECIAL]  # one merge: GGUF arrays must not be empty
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * len(SPECIAL))
+    writer.add_token_merges([f"{space} t"])
+    return tokens
+
+
+def _add_sentencepiece(writer: gguf.GGUFWriter) -> list[str]:
+    """Add a vocabulary in Llama 2's layout, of bytes, letters and one merge; return its tokens."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁t"]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *letters,
+        *SPECIAL,
+    ]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2]
+    kinds += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * len(letters)
+    kinds += [gguf.TokenType.CONTROL] * len(SPECIAL)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(True)
+    return tokens
