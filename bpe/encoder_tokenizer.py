@@ -1,7 +1,7 @@
 """The tokenizer of an encoder: any vocabulary, and the special tokens of its post-processor.
 
 tokenizer = bpe.load_encoder_tokenizer(folder)
-ids = tokenizer.encode("hello world")                    # with [CLS] and [SEP], or their like
+ids = tokenizer.encode("hello world")  # with the special tokens of the model: [CLS] ... [SEP]
 ids, types = tokenizer.encode_pair("question", "document")
 """
 

@@ -335,6 +335,8 @@ class Encoding(Vocab):
             allowed: the special tokens to find.
             position: where the text stands; used by vocabularies that mark the start of a text.
         """
+        if not allowed and not self.added_tokens:
+            return [self.normalize(text)] if text else []
         return [
             self.normalize(part) if isinstance(part, str) else part.id
             for part in self._split_at_tokens(text, allowed)

@@ -15,6 +15,7 @@ from typing import Literal
 
 import regex
 
+from bpe.added_tokens import WHITESPACE
 from bpe.charsmap import Charsmap
 from bpe.pretokenize import compile_pattern, find_all
 
@@ -133,6 +134,79 @@ class UnicodeForm:
         return text if text.isascii() else unicodedata.normalize(self.form, text)
 
 
+@dataclass(frozen=True)
+class Strip:
+    """Remove whitespace at the ends of a text."""
+
+    left: bool
+    right: bool
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        text = text.lstrip(WHITESPACE) if self.left else text
+        return text.rstrip(WHITESPACE) if self.right else text
+
+
+@dataclass(frozen=True)
+class Lowercase:
+    """Convert letters to lower case."""
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        return text.lower()
+
+
+@dataclass(frozen=True)
+class StripAccents:
+    """Remove combining marks."""
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        return regex.sub(r"\p{M}", "", text)
+
+
+@dataclass(frozen=True)
+class Precompiled:
+    """Apply a precompiled charsmap by graphemes, as `tokenizers` does."""
+
+    charsmap: Charsmap
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        return self.charsmap.replace_graphemes(text)
+
+
+@dataclass(frozen=True)
+class Nmt:
+    """Remove control characters and write other whitespace as spaces."""
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        return text.translate(_NMT)
+
+
+_NMT = {code: None for code in [*range(1, 9), 0xB, *range(0xE, 0x20), 0x7F, 0x8F, 0x9F]} | {
+    code: " "
+    for code in [9, 0xA, 0xC, 0xD, 0x1680, *range(0x200B, 0x2010), 0x2028, 0x2029, 0x2581]
+    + [0xFEFF, 0xFFFD]
+}
+
+
+@dataclass(frozen=True)
+class JoinWords:
+    """Replace whitespace by one space before every word: WhitespaceSplit, then Metaspace."""
+
+    def __call__(self, text: str, position: str) -> str:
+        """Return the normalized text."""
+        words = text.translate(_TO_SPACE).split(" ")
+        return "".join(
+            word if word.startswith(SPACE_SYMBOL) else " " + word for word in words if word
+        )
+
+
+_TO_SPACE = {ord(character): " " for character in WHITESPACE}
+
+
 def sequence(steps: Sequence[Step]) -> Step:
-    """Return one step for several."""
+    """Return one step for several, or for none."""
     return steps[0] if len(steps) == 1 else Sequential(tuple(steps))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,14 +238,7 @@ def _read_sentencepiece(
         add_dummy_prefix=bool(add_space),
         remove_extra_whitespaces=bool(meta.get(_GGML + "remove_extra_whitespaces", False)),
     )
-    encoding = build_encoding(
-        model,
-        name=name or source,
-        where=f"{source}: {_GGML}tokens",
-        prefix_after_tokens=True,
-        raw_user_defined=True,
-    )
-    return encoding, model_type == BPE
+    return _build_sentencepiece(model, name, source), model_type == BPE
 
 
 def _read_gemma4(
@@ -266,7 +259,17 @@ def _read_gemma4(
         add_dummy_prefix=bool(meta.get(_GGML + "add_space_prefix", False)),
         remove_extra_whitespaces=False,
     )
-    encoding = build_encoding(
+    return _build_sentencepiece(model, name, source, merges), True
+
+
+def _build_sentencepiece(
+    model: SentencePieceModel,
+    name: str,
+    source: str,
+    merges: Sequence[tuple[str, str]] | None = None,
+) -> Encoding:
+    """Build an encoding with llama.cpp's handling of added tokens."""
+    return build_encoding(
         model,
         name=name or source,
         where=f"{source}: {_GGML}tokens",
@@ -274,7 +277,6 @@ def _read_gemma4(
         raw_user_defined=True,
         merges=merges,
     )
-    return encoding, True
 
 
 def _int8_bytes(values: Any) -> bytes:

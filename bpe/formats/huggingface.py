@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpe import chat_template_files, stop_tokens
+from bpe import chat_template_files, normalizers, stop_tokens
 from bpe.added_tokens import AddedToken
 from bpe.encoding import Encoding
 from bpe.formats import pipeline
@@ -343,13 +343,9 @@ def _byte_level(
 ) -> Encoding:
     model, where = spec["model"], f"{path}: model"
     get_one_of(model, "type", ["BPE"], where)
-    get_one_of(model, "dropout", [None, 0, 0.0], where)
-    get_one_of(model, "continuing_subword_prefix", [None, ""], where)
-    get_one_of(model, "end_of_word_suffix", [None, ""], where)
+    _check_bpe(model, where)
     get_one_of(model, "fuse_unk", [None, False], where)
-    get_required(model, "merges", list, where)
     ignore_merges = get_one_of(model, "ignore_merges", [None, False, True], where)
-    warn_unknown_keys(model, _BPE_KEYS, "tokenizer.json: model")
     get_one_of(
         get_required(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder"
     )
@@ -376,6 +372,15 @@ def _byte_level(
     if encoding.dropped_bytes and model.get("unk_token") is not None:
         raise ValueError(f"{where}: unk_token for missing bytes is not supported")
     return encoding
+
+
+def _check_bpe(model: Mapping[str, Any], where: str) -> None:
+    """Check the settings of a BPE model that only one value of is supported."""
+    get_one_of(model, "dropout", [None, 0, 0.0], where)
+    get_one_of(model, "continuing_subword_prefix", [None, ""], where)
+    get_one_of(model, "end_of_word_suffix", [None, ""], where)
+    get_required(model, "merges", list, where)
+    warn_unknown_keys(model, _BPE_KEYS, "tokenizer.json: model")
 
 
 _BPE_KEYS = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
@@ -438,7 +443,7 @@ def _sentencepiece(
             byte_ids=byte_ids,
             unk_id=unk_id,
             fuse_unk=unigram or bool(get_one_of(model, "fuse_unk", [None, False, True], where)),
-            normalizer=pipeline.join_steps([*steps, *pre.steps]),
+            normalizer=normalizers.sequence([*steps, *pre.steps]),
             normalize_added=True,
             pre_tokenizer=pre.pre_tokenizer,
             metaspace=pre.metaspace,
@@ -483,12 +488,8 @@ def _piece_model(
             Unigram(known_pieces, known, unk_id=unk_id, byte_ids=byte_ids, lowest_score=lowest),
             unk_id,
         )
-    get_one_of(model, "dropout", [None, 0, 0.0], where)
-    get_one_of(model, "continuing_subword_prefix", [None, ""], where)
-    get_one_of(model, "end_of_word_suffix", [None, ""], where)
+    _check_bpe(model, where)
     get_one_of(model, "ignore_merges", [None, False], where)
-    get_required(model, "merges", list, where)
-    warn_unknown_keys(model, _BPE_KEYS, "tokenizer.json: model")
     unk_token = model.get("unk_token")
     if unk_token is not None and unk_token not in vocab:
         raise ValueError(f"{where}: unk_token {unk_token!r} is not in vocab")

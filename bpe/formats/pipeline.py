@@ -1,4 +1,4 @@
-"""Read the steps of a `tokenizer.json`: normalizers, pre-tokenizers, decoders, post-processors.
+"""Read the steps of a `tokenizer.json`: normalizers, pre-tokenizers and decoders.
 
 The steps of byte-level vocabularies become split patterns (`bpe.pretokenize`), and those of
 vocabularies of characters the settings of `bpe.sentencepiece`. A step that neither has raises a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -217,21 +217,6 @@ class PreTokenization(NamedTuple):
     escapes_spaces: bool = False
 
 
-@dataclass(frozen=True)
-class JoinWords:
-    """Replace whitespace by one space before every word: WhitespaceSplit, then Metaspace."""
-
-    def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
-        words = text.translate(_TO_SPACE).split(" ")
-        return "".join(
-            word if word.startswith(SPACE_SYMBOL) else " " + word for word in words if word
-        )
-
-
-_TO_SPACE = {ord(character): " " for character in WHITESPACE}
-
-
 def pre_tokenization(spec: Any, escapes_spaces: bool, where: str) -> PreTokenization:
     """Return the settings of the pre-tokenizers of a vocabulary of characters.
 
@@ -263,20 +248,20 @@ def pre_tokenization(spec: Any, escapes_spaces: bool, where: str) -> PreTokeniza
         (after if has_metaspace else before).append(_split_rule(step, where))
     words_only = before == [_split_rule({"type": "WhitespaceSplit"}, where)] and not after
     if words_only and metaspace == "always":
-        return PreTokenization(None, None, True, (JoinWords(),), True)
+        return PreTokenization(None, None, True, (normalizers.JoinWords(),), True)
     if not before and not after:
         return PreTokenization(None, metaspace, split, (), has_metaspace)
+    if before and metaspace == "first":
+        raise ValueError(
+            f"{where}: Metaspace with prepend_scheme 'first' after {short_repr(steps[0])} is not "
+            "supported"
+        )
     rules = PreTokenizers(
         tuple(before),
         tuple(after),
         prefix=bool(before) and metaspace == "always",
         split_before_space=split,
     )
-    if before and metaspace == "first":
-        raise ValueError(
-            f"{where}: Metaspace with prepend_scheme 'first' after {short_repr(steps[0])} is not "
-            "supported"
-        )
     return PreTokenization(rules, None if before else metaspace, split, (), has_metaspace)
 
 
@@ -293,64 +278,6 @@ def _metaspace(step: Mapping[str, Any], where: str) -> tuple[str | None, bool]:
 
 
 # Normalizers
-
-
-@dataclass(frozen=True)
-class Strip:
-    """Remove whitespace at the ends of a text."""
-
-    left: bool
-    right: bool
-
-    def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
-        text = text.lstrip(WHITESPACE) if self.left else text
-        return text.rstrip(WHITESPACE) if self.right else text
-
-
-@dataclass(frozen=True)
-class Lowercase:
-    """Convert letters to lower case."""
-
-    def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
-        return text.lower()
-
-
-@dataclass(frozen=True)
-class StripAccents:
-    """Remove combining marks."""
-
-    def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
-        return regex.sub(r"\p{M}", "", text)
-
-
-@dataclass(frozen=True)
-class Precompiled:
-    """Apply a precompiled charsmap by graphemes."""
-
-    charsmap: Charsmap
-
-    def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
-        return self.charsmap.replace_graphemes(text)
-
-
-@dataclass(frozen=True)
-class Nmt:
-    """Remove control characters and write other whitespace as spaces."""
-
-    def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
-        return text.translate(_NMT)
-
-
-_NMT = {code: None for code in [*range(1, 9), 0xB, *range(0xE, 0x20), 0x7F, 0x8F, 0x9F]} | {
-    code: " "
-    for code in [9, 0xA, 0xC, 0xD, 0x1680, *range(0x200B, 0x2010), 0x2028, 0x2029, 0x2581]
-    + [0xFEFF, 0xFFFD]
-}
 
 
 def read_normalizers(spec: Any, where: str) -> tuple[list[Step], bool]:
@@ -378,23 +305,23 @@ def read_normalizers(spec: Any, where: str) -> tuple[list[Step], bool]:
                     charsmap = Charsmap(base64.b64decode(data, validate=True))
                 except (binascii.Error, ValueError) as error:
                     raise ValueError(f"{where}: {error}") from error
-                steps.append(Precompiled(charsmap))
+                steps.append(normalizers.Precompiled(charsmap))
             case {"type": "Precompiled", "precompiled_charsmap": None}:
                 pass
             case {"type": "Lowercase"}:
-                steps.append(Lowercase())
+                steps.append(normalizers.Lowercase())
             case {"type": "StripAccents"}:
-                steps.append(StripAccents())
+                steps.append(normalizers.StripAccents())
             case {"type": "Nmt"}:
-                steps.append(Nmt())
+                steps.append(normalizers.Nmt())
             case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
-                steps.append(Strip(left, right))
+                steps.append(normalizers.Strip(left, right))
             case _:
                 raise _unsupported(step, where)
     return steps, escapes_spaces
 
 
-# Decoders and post-processors
+# Decoders
 
 
 def decoder_strips_prefix(spec: Any, where: str) -> bool:
@@ -417,8 +344,3 @@ def decoder_strips_prefix(spec: Any, where: str) -> bool:
             case _:
                 raise _unsupported(step, where)
     return strips
-
-
-def join_steps(steps: Sequence[Step]) -> Step:
-    """Return one step for several, which may be none."""
-    return normalizers.sequence(list(steps))

@@ -166,7 +166,7 @@ def build_encoding(
     pieces: dict[str, int] = {}
     special: dict[str, int] = {}
     added = {token.content: token for token in added_tokens}
-    unused: list[str] = []
+    unused: set[str] = set()
     byte_ids: dict[int, int] = {}
     for id, (text, kind) in enumerate(zip(model.pieces, model.types, strict=True)):
         if not text:
@@ -189,7 +189,7 @@ def build_encoding(
         elif kind in (NORMAL, UNUSED):
             known, value = pieces, text.replace(SPACE_SYMBOL, " ")
             if kind == UNUSED:
-                unused.append(value)
+                unused.add(value)
         else:
             raise ValueError(f"{where}: piece {id} has the type {kind}; supported values: 1 to 6")
         if known.setdefault(value, id) != id:
@@ -236,7 +236,7 @@ def _build_model(
     model: SentencePieceModel,
     name: str,
     pieces: dict[str, int],
-    unused: list[str],
+    unused: set[str],
     byte_ids: list[int] | None,
     unk_id: int | None,
     merges: Sequence[tuple[str, str]] | None,
