@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -414,6 +414,32 @@ _GGUF_EXPECTED = frozenset(
     expert_used_count tensor_data_layout rope.scaling.finetuned
     """.split()  # noqa: SIM905
 )
+
+
+def read_gguf_section(
+    metadata: Mapping[str, Any], kind: str
+) -> tuple[dict[str, Any], Callable[..., Any]]:
+    """Return the keys of an architecture without its prefix, and a function that removes one.
+
+    The function takes a key and its default, and raises ValueError for a missing key without one.
+
+    Args:
+        metadata: The key-value section of a GGUF file.
+        kind: The architecture, which is the prefix of its keys.
+    """
+    section = {
+        key.removeprefix(f"{kind}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{kind}.")
+    }
+
+    def pop(key: str, default: Any = None) -> Any:
+        value = section.pop(key, default)
+        if value is None:
+            raise ValueError(f"the GGUF metadata lacks {kind}.{key}")
+        return value
+
+    return section, pop
 
 
 def check(

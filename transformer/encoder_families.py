@@ -357,18 +357,7 @@ def fields_from_gguf(
         raise ValueError(
             f"general.architecture must be one of {sorted(GGUF_ARCHITECTURES)}, got {kind!r}"
         )
-    rest = {
-        key.removeprefix(f"{kind}."): value
-        for key, value in metadata.items()
-        if key.startswith(f"{kind}.")
-    }
-
-    def pop(key: str, default: Any = None) -> Any:
-        value = rest.pop(key, default)
-        if value is None:
-            raise ValueError(f"the GGUF metadata lacks {kind}.{key}")
-        return value
-
+    rest, pop = config_keys.read_gguf_section(metadata, kind)
     rest.pop("pooling_type", None)
     rest.pop("vocab_size", None)  # the shape of the embedding has it
     if pop("attention.causal", False):

@@ -756,18 +756,7 @@ def from_gguf(
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"general.architecture must be one of {sorted(known)}, got {kind!r}")
     family = known[kind]
-    rest = {
-        key.removeprefix(f"{kind}."): value
-        for key, value in metadata.items()
-        if key.startswith(f"{kind}.")
-    }
-
-    def pop(key: str, default: Any = None) -> Any:
-        value = rest.pop(key, default)
-        if value is None:
-            raise ValueError(f"the GGUF metadata lacks {kind}.{key}")
-        return value
-
+    rest, pop = config_keys.read_gguf_section(metadata, kind)
     heads, d_model = pop("attention.head_count"), pop("embedding_length")
     check_size("attention.head_count", heads)
     check_size("embedding_length", d_model)

@@ -1,7 +1,7 @@
 """Loading of any model that embeds texts: an encoder (`bert.py`), or a decoder with a pooling.
 
 A decoder embeds texts if its folder has the modules of sentence-transformers with a pooling, or its
-GGUF file has a type of pooling. `pooled_decoder.py` tells how. Its head is not used.
+GGUF file has a type of pooling. `pooled_decoder.py` computes it. Its head is not used.
 """
 
 from __future__ import annotations
