@@ -1,4 +1,4 @@
-"""`pellucid models check`: what Pellucid reads from the files of a model, before it is served."""
+"""`pellucid models check`: reports the content of a model's files before it is served."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(
     ],
     json: Json = False,
 ) -> None:
-    """Check the files of a model: what they are, what they need, what is ignored and missing."""
+    """Check the files of a model: family, tokenizer, memory, and ignored or missing parts."""
     from serve.models import download, kinds
 
     notes = _LogLines()
@@ -51,7 +51,7 @@ def check(
 
 
 class _LogLines(logging.Handler):
-    """Collects what a loader logs: the keys that it ignores."""
+    """Collects the log lines of a loader, which name the keys that it ignores."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

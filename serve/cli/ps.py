@@ -1,4 +1,4 @@
-"""`pellucid ps`: shows what the models of a running server do."""
+"""`pellucid ps`: lists the models in the memory of a running server."""
 
 import time
 from typing import Annotated

@@ -146,7 +146,7 @@ class RemoteBackend:
         )
 
     def usage_hint(self, model: str) -> str:
-        """Return the message that tells how to use a fine-tuned model."""
+        """Return the message on how to use a fine-tuned model."""
         return f"use it {self.location}: model={model!r}"
 
     def events(self, id: str) -> Iterator[dict]:

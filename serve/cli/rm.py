@@ -42,7 +42,7 @@ def rm(
             if not named and adapters.exists(home, id):
                 raise WrongUsage(f"{id} is fine-tuned: run `pellucid finetune delete {id}`")
             if not named:
-                raise NotFound(f"{id} is not pulled: `pellucid models` lists what is")
+                raise NotFound(f"{id} is not pulled: `pellucid models` lists the pulled models")
             size = sum(hub.remove(record, home) for record in named)
         freed.append({"id": entry.id if entry else id, "freed": size})
         console.info(f"deleted {id}: {disk.human_size(size)}")

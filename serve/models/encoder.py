@@ -1,7 +1,7 @@
-"""Encoders: token ids in, embedding vectors out, one packed batch a work item.
+"""Encoders: token ids in, embedding vectors out, one packed batch per work item.
 
-The texts of one request are packed together, and never with those of another request, so that a
-request gives the same bits under any load. Other models use the device between its batches.
+The texts of one request are packed together, and never with those of another request, so that its
+results are bitwise identical under any load. Other models use the device between its batches.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,15 @@ from serve.exceptions import WrongUsage
 from serve.models import dtypes, fingerprint, long_texts
 from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.dtypes import FloatDtype
-from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
+from serve.models.spec import (
+    Example,
+    Kind,
+    LoadedModel,
+    LoadOptions,
+    ModelFiles,
+    ModelSpec,
+    stamp_of,
+)
 from transformer import encoder, packing, pooled_decoder
 from transformer.checkpoint import encoders, sentence_transformers
 from transformer.encoder import AnyConfig, AnyParams
@@ -36,8 +43,8 @@ MAX_DISTANCE = 1e-4  # 1 - cosine similarity
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingModel:
-    """A loaded encoder.
+class TextModel:
+    """A loaded model that reads packed batches of texts: for embeddings, or to rank documents.
 
     Attributes:
         id: the id it is served under.
@@ -48,12 +55,8 @@ class EmbeddingModel:
         params: its weights.
         fingerprint: changes with weights, dtype and library versions.
         dtype: the dtype of its weights.
-        prompts: texts that are put before an input, by name.
-        default_prompt: the prompt of an input without a prompt name; usually empty.
         work_queue: its queue of batches on the device.
     """
-
-    kind: ClassVar[str] = "encoder"
 
     id: str
     created: int
@@ -63,19 +66,12 @@ class EmbeddingModel:
     params: AnyParams = field(repr=False)
     fingerprint: str
     dtype: str
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    default_prompt: str = ""
     work_queue: WorkQueue = field(default_factory=lambda: WorkQueue(default_device()))
 
     @property
     def context(self) -> int:
         """Return the maximum tokens of an input, special tokens included."""
         return self.cfg.max_tokens
-
-    @property
-    def num_special(self) -> int:
-        """Return the number of special tokens around an input."""
-        return len(self.tokenizer.prefix_ids) + len(self.tokenizer.suffix_ids)
 
     @property
     def memory(self) -> int:
@@ -86,6 +82,29 @@ class EmbeddingModel:
     def is_idle(self) -> bool:
         """Whether no request waits or runs."""
         return self.work_queue.is_idle
+
+    def close(self, timeout: float) -> None:
+        """Do nothing: a batch is short, and waiting requests are still answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingModel(TextModel):
+    """A loaded model for embeddings.
+
+    Attributes:
+        prompts: texts that are put before an input, by name.
+        default_prompt: the prompt of an input without a prompt name; usually empty.
+    """
+
+    kind: ClassVar[str] = "encoder"
+
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+
+    @property
+    def num_special(self) -> int:
+        """Return the number of special tokens around an input."""
+        return len(self.tokenizer.prefix_ids) + len(self.tokenizer.suffix_ids)
 
     def encode(self, text: str, prompt_name: str | None = None) -> list[int]:
         """Return the token ids of a text after its prompt, special tokens included.
@@ -130,9 +149,6 @@ class EmbeddingModel:
                     lambda batch=batch: self._compute(batch)
                 )
         return vectors
-
-    def close(self, timeout: float) -> None:
-        """Do nothing: a batch is short, and waiting requests are still answered."""
 
     def _compute(self, batch: packing.PackedBatch) -> np.ndarray:
         vectors = encoder.embed_batch(
@@ -266,12 +282,7 @@ def _choose_dtype(
             tokenizer.encode(dtypes.PROBE_TEXT, max_length=cfg.max_tokens),
             tokenizer.encode(dtypes.PROBE_TEXT[:80], max_length=cfg.max_tokens),
         ]
-        best, vectors = math.inf, np.zeros(0)
-        for _ in range(4):  # the first one compiles
-            started = time.perf_counter()
-            vectors = encoder.embed_all(params, cfg, ids)
-            best = min(best, time.perf_counter() - started)
-        return best, vectors
+        return dtypes.best_time(lambda: encoder.embed_all(params, cfg, ids))
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         cosines = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
@@ -298,6 +309,13 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             notify=options.notify,
         )
 
+    return text_model_spec(files, cfg, EmbeddingModel.kind, load)
+
+
+def text_model_spec(
+    files: ModelFiles, cfg: AnyConfig, kind: str, load: Callable[[], LoadedModel]
+) -> ModelSpec:
+    """Return the spec of a `TextModel` that `load` loads."""
     return ModelSpec(
         id=files.id,
         created=created(files.path),
@@ -305,7 +323,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         memory=lambda: float32_bytes(cfg),
         load=load,
         stamp=functools.partial(stamp, files.path),
-        kind="encoder",
+        kind=kind,
         context=cfg.max_tokens,
     )
 

@@ -98,7 +98,7 @@ def parse(name: str) -> HubName:
 
 @dataclass(frozen=True)
 class Record:
-    """What a name stood for when it was pulled.
+    """The commit and the files that a name stood for when it was pulled.
 
     Attributes:
         name: the name, as it was pulled.
@@ -217,9 +217,9 @@ def pull(
     progress: Progress = lambda done, total: None,
     free_memory: int | None = None,
 ) -> Record:
-    """Fetch what a name stands for now, as far as the cache lacks it, and record it.
+    """Resolve a name to a commit, fetch the files that the cache lacks, and record both.
 
-    If the hub cannot be reached, what the cache has of the repository is taken.
+    If the hub cannot be reached, the files of the repository that the cache has are used.
 
     Args:
         name: `hf:OWNER/REPO[@REVISION][:FILE]`.
@@ -455,7 +455,7 @@ def _fetch(
 def _fetch_blob(
     listing: _Listing, file: RemoteFile, notify: Notify, progress: Callable[[int], None]
 ) -> None:
-    """Fetch the content of a large file to its place in the cache, after what is there of it.
+    """Fetch a large file into the cache; a partial file there is continued.
 
     huggingface_hub deletes a partial file when a download ends early, so this file calls only its
     lower level, which resumes.

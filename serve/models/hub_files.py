@@ -1,8 +1,8 @@
-"""The choice of the weights that a repository offers: safetensors, or a quantization as GGUF.
+"""Choose among the weights of a repository: safetensors, or one of its GGUF quantizations.
 
 Weights in memory have 8, 16 or 32 bits, whatever the file has. So fewer than 8 bits in a file save
-disk and no memory, and more bits than fit into memory are of no use: `choose` takes the most
-precise file that fits.
+disk and no memory, and more bits than fit into memory are of no use. `choose` takes a file that the
+cache has already if it fits, else the most precise one that fits.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights that a repository offers.
+    """Weights in a repository: safetensors, or a GGUF quantization.
 
     Attributes:
         label: "safetensors", or the quantization of a GGUF file.
         weights: the files of the weights; of a split GGUF file in order.
         size: their bytes.
-        bits: bits a weight, approximately.
+        bits: bits per weight, approximately.
     """
 
     label: str
@@ -72,7 +72,7 @@ def candidates(files: Iterable[RemoteFile], bits: float = 16) -> list[Candidate]
 
     Args:
         files: all files of the repository.
-        bits: bits a weight of the safetensors.
+        bits: bits per weight of the safetensors.
     """
     sizes = {file.name: file.size for file in files}
     found = []
@@ -96,7 +96,7 @@ def candidates(files: Iterable[RemoteFile], bits: float = 16) -> list[Candidate]
 
 
 def _bits(label: str) -> float:
-    """Return the bits a weight of a quantization, approximately: its blocks store scales, too."""
+    """Return the bits per weight of a quantization, approximately: its blocks store scales, too."""
     if label.endswith("32"):
         return 32
     if label.endswith("16"):
@@ -110,9 +110,9 @@ def choose(
 ) -> tuple[Candidate, Dtype]:
     """Return the weights to use, and the widest dtype in which they are known to fit.
 
-    Weights in memory have 8, 16 or 32 bits. So the choice is the most precise file whose precision
-    fits into memory; if none does, the smallest that keeps 8 bits. Of equally precise ones it is
-    that in the cache, and then safetensors.
+    Weights in memory have 8, 16 or 32 bits. Of the files whose precision fits into memory, one that
+    the cache has is preferred, then the most precise one, then safetensors. If none fits, it is the
+    one whose precision is nearest to 8 bits.
 
     Args:
         repo: the name of the repository, for messages.
@@ -135,10 +135,10 @@ def choose(
         ] or _no_such_file(repo, file, options)
     cached = set(cached)
 
-    def preference(option: Candidate) -> tuple[bool, bool, float, bool, int]:
+    def preference(option: Candidate) -> tuple[bool, bool, float, bool]:
         fits = option.memory(option.dtype) <= free
         bits = min(option.bits, 32) if fits else -abs(option.bits - 8)
-        return fits, cached.issuperset(option.weights), bits, option.label == "safetensors", -1
+        return fits, cached.issuperset(option.weights), bits, option.label == "safetensors"
 
     best = max(options, key=preference)
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")

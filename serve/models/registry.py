@@ -32,7 +32,7 @@ Specs = Callable[[], Mapping[str, ModelSpec]]
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """What a served model does.
+    """The status of a served model.
 
     Attributes:
         id: the id of the model.
@@ -155,7 +155,7 @@ class Registry:
         return model if isinstance(model, ModelSpec) else None
 
     def status(self, name: str) -> ModelStatus:
-        """Return what the model with this id or alias does.
+        """Return the status of the model with this id or alias.
 
         Raises:
             UnknownModel: no served model has this id or alias.

@@ -8,9 +8,6 @@ Nogueira & Cho 2019, arXiv:1901.04085); its score is the probability of the seco
 
 from __future__ import annotations
 
-import functools
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,17 +22,16 @@ from serve.models import dtypes, fingerprint
 from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.dtypes import FloatDtype
 from serve.models.encoder import (
+    TextModel,
     check_vocabulary,
     created,
-    float32_bytes,
     hash_files,
-    stamp,
+    text_model_spec,
 )
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec
 from transformer import encoder, packing
 from transformer.checkpoint import bert, encoders, sentence_transformers
 from transformer.encoder import Config, Params
-from transformer.engine.device import WorkQueue, default_device
 from transformer.pooling import ACTIVATIONS
 
 MAX_LOGIT_ERROR = 0.02  # of a narrower dtype than float32, relative to the range of the logits
@@ -43,51 +39,20 @@ PROBE_DOCUMENTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class RerankModel:
+class RerankModel(TextModel):
     """A loaded cross-encoder.
 
     Attributes:
-        id: the id it is served under.
-        created: seconds since 1970.
-        owned_by: the publisher.
-        tokenizer: its tokenizer.
-        cfg: its configuration.
-        params: its weights.
         activation: a name of `pooling.ACTIVATIONS`, applied to the logit of one label.
         prompt: the text that is put before a question; usually empty.
-        fingerprint: changes with weights, dtype and library versions.
-        dtype: the dtype of its weights.
-        work_queue: its queue of batches on the device.
     """
 
     kind: ClassVar[str] = "reranker"
 
-    id: str
-    created: int
-    owned_by: str
-    tokenizer: bpe.EncoderTokenizer
     cfg: Config
     params: Params = field(repr=False)
     activation: str
     prompt: str
-    fingerprint: str
-    dtype: str
-    work_queue: WorkQueue = field(default_factory=lambda: WorkQueue(default_device()))
-
-    @property
-    def context(self) -> int:
-        """Return the maximum tokens of a pair, special tokens included."""
-        return self.cfg.max_tokens
-
-    @property
-    def memory(self) -> int:
-        """Return the bytes of the weights."""
-        return encoder.num_bytes(self.params)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no request waits or runs."""
-        return self.work_queue.is_idle
 
     def encode(self, text: str, *, is_question: bool = False) -> list[int]:
         """Return the token ids of one text of a pair, without special tokens."""
@@ -111,9 +76,6 @@ class RerankModel:
                     lambda batch=batch: self._compute(batch, types)
                 )
         return scores
-
-    def close(self, timeout: float) -> None:
-        """Do nothing: a batch is short, and waiting requests are still answered."""
 
     def _compute(self, batch: packing.PackedBatch, types: Sequence[Sequence[int]]) -> np.ndarray:
         logits = encoder.score_batch(
@@ -180,12 +142,7 @@ def _choose_dtype(
             tokenizer.encode_pair(documents[0], text, max_length=cfg.max_tokens)
             for text in documents
         ]
-        best, logits = math.inf, np.zeros(0)
-        for _ in range(4):  # the first one compiles
-            started = time.perf_counter()
-            logits = encoder.score_all(params, cfg, pairs)
-            best = min(best, time.perf_counter() - started)
-        return best, logits
+        return dtypes.best_time(lambda: encoder.score_all(params, cfg, pairs))
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1.0))
@@ -216,15 +173,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             notify=options.notify,
         )
 
-    return ModelSpec(
-        id=files.id,
-        created=created(files.path),
-        owned_by=files.publisher,
-        memory=lambda: float32_bytes(cfg),
-        load=load,
-        stamp=functools.partial(stamp, files.path),
-        kind="reranker",
-    )
+    return text_model_spec(files, cfg, RerankModel.kind, load)
 
 
 def _recognizes(path: Path) -> bool:

@@ -80,6 +80,12 @@ def test_documents_are_sorted_by_relevance(address, expected, path):
     assert answer["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
 
 
+def test_card_of_cross_encoder_before_loading_shows_its_context(folders, tmp_path):
+    """Regression: the card of a cross-encoder had no context before the first request."""
+    (spec,) = specs(folders, tmp_path, "cross")
+    assert spec.context == bert.read_config(folders["cross"]).max_tokens
+
+
 def test_top_n_and_documents_as_objects(address):
     plain = post(address, query=QUERY, documents=DOCUMENTS).json()  # the reranker is the default
     objects = [{"text": text, "id": 3} for text in DOCUMENTS]

@@ -143,14 +143,7 @@ def _encode_inputs(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[lis
                 code="context_length_exceeded",
             )
         total += sum(map(len, chunks))
-        if total > MAX_TOKENS:
-            raise APIError(
-                400,
-                f"Invalid 'input': maximum request size is {MAX_TOKENS} tokens per request, and "
-                f"inputs 0 to {number} have {total}. Send them in several requests.",
-                param="input",
-                code="max_tokens_per_request",
-            )
+        check_total(total, path)
         encoded.append(chunks)
     return encoded
 
@@ -191,18 +184,47 @@ def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | Non
             param="long_text_mode",
             code="invalid_value",
         )
+    return truncation_length(num_tokens, truncates, model.num_special + 1, model.context)
+
+
+def truncation_length(
+    num_tokens: int | None, truncates: bool, least: int, context: int
+) -> int | None:
+    """Return the number of tokens to truncate an input to; None for no truncation.
+
+    Args:
+        num_tokens: ``truncate_prompt_tokens``; -1 stands for the context.
+        truncates: whether another field asks to truncate to the context.
+        least: the minimum of ``num_tokens``.
+        context: the maximum tokens of an input.
+
+    Raises:
+        APIError: 400 if ``num_tokens`` is out of range.
+    """
     if num_tokens in (None, -1):
-        return model.context if num_tokens == -1 or truncates else None
-    least = model.num_special + 1
-    if not least <= num_tokens <= model.context:
+        return context if num_tokens == -1 or truncates else None
+    if not least <= num_tokens <= context:
         raise APIError(
             400,
-            f"Invalid 'truncate_prompt_tokens': expected -1 or a number from {least} to "
-            f"{model.context}, but got {num_tokens} instead.",
+            f"Invalid 'truncate_prompt_tokens': expected -1 or a number from {least} to {context}, "
+            f"but got {num_tokens} instead.",
             param="truncate_prompt_tokens",
             code="invalid_value",
         )
     return num_tokens
+
+
+def check_total(total: int, path: str) -> None:
+    """Raise APIError if the texts of a request up to the one at ``path`` have too many tokens."""
+    if total > MAX_TOKENS:
+        param = path.partition("[")[0]
+        raise APIError(
+            400,
+            f"Invalid '{param}': maximum request size is {MAX_TOKENS} tokens per request, and the "
+            f"texts up to '{path}' have {total}. Send them in several requests.",
+            param=param,
+            code="max_tokens_per_request",
+        )
 
 
 def check_prompt_name(name: str | None, model: EmbeddingModel) -> None:

@@ -195,7 +195,7 @@ async def _pull_events(state: ServerState, name: str, known_models: catalogue.Ca
     except UnknownModel:
         raise APIError(
             500,
-            f"{name} was pulled, but cannot be used. `pellucid models check` tells why.",
+            f"{name} was pulled, but cannot be used. `pellucid models check` shows the reason.",
             type="server_error",
             param="model",
             code="model_not_usable",

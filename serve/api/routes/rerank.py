@@ -10,7 +10,7 @@ and is the default if no cross-encoder is served: the score is then the cosine o
 with the model's prompts for queries and documents. The field ``method`` of the response, an
 extension, says which of the two it was: "cross_encoder" or "embeddings".
 
-A pair that is longer than the model's context is a 400, unless ``truncate`` (Text Embeddings
+A pair that is longer than the model's context returns 400, unless ``truncate`` (Text Embeddings
 Inference), ``truncate_prompt_tokens`` (vLLM) or ``max_tokens_per_doc`` (Cohere) cuts it.
 """
 
@@ -30,7 +30,7 @@ from serve.api.openapi import route_docs
 from serve.api.request_context import context_of
 from serve.api.requests import Body, read_json, tag
 from serve.api.responses import Rerank, Scores
-from serve.api.routes.embeddings import MAX_TOKENS, Text, check_known
+from serve.api.routes.embeddings import Text, check_known, check_total, truncation_length
 from serve.api.sse import cancel_on_disconnect
 from serve.api.state import get_loaded_model, state_of
 from serve.exceptions import UnknownModel
@@ -246,7 +246,7 @@ def _encode_pairs(
             raise _too_long(path, length, model.context)
         encoded.append(tokenizer.process_pair(question, document, limit))
         total += len(encoded[-1][0])
-        _check_total(total, second_path)
+        check_total(total, second_path)
     return encoded
 
 
@@ -275,7 +275,7 @@ def _encode_texts(
             if len(ids) > model.context:
                 raise _too_long(path, len(ids), model.context)
             total += len(ids)
-            _check_total(total, path)
+            check_total(total, path)
             indices[prompt, text] = len(texts)
             texts.append(ids)
         return indices[prompt, text]
@@ -291,19 +291,7 @@ def _encode_texts(
 
 
 def _limit(body: Truncation, context: int, least: int) -> int | None:
-    """Return the number of tokens to truncate to; None for no truncation."""
-    num_tokens = body.truncate_prompt_tokens
-    if num_tokens in (None, -1):
-        return context if num_tokens == -1 or body.truncate else None
-    if not least <= num_tokens <= context:
-        raise APIError(
-            400,
-            f"Invalid 'truncate_prompt_tokens': expected -1, or from {least} to {context}, but got "
-            f"{num_tokens} instead.",
-            param="truncate_prompt_tokens",
-            code="invalid_value",
-        )
-    return num_tokens
+    return truncation_length(body.truncate_prompt_tokens, body.truncate, least, context)
 
 
 def _too_long(path: str, length: int, context: int) -> APIError:
@@ -314,14 +302,3 @@ def _too_long(path: str, length: int, context: int) -> APIError:
         param=path,
         code="context_length_exceeded",
     )
-
-
-def _check_total(total: int, path: str) -> None:
-    if total > MAX_TOKENS:
-        raise APIError(
-            400,
-            f"Invalid '{path.partition('[')[0]}': maximum request size is {MAX_TOKENS} tokens per "
-            f"request, and the texts up to '{path}' have {total}. Send them in several requests.",
-            param=path.partition("[")[0],
-            code="max_tokens_per_request",
-        )
