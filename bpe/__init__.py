@@ -2,11 +2,12 @@
 
 Read in this order: `pretokenize` (splits text into pieces), `merge` (the algorithm), `train` (how
 merges are learned), `vocab` and `encoding` (the complete tokenizer). Then `openai_encodings` and
-`formats` (vocabularies in use), `save`, `stream` and `chat`; `fast_pretokenizer`, `split_points`,
-`hash_table`, `fast_encoder` and `train_fast` (the same results for long texts, with NumPy),
-`trainer`; `sentencepiece`, with `character_bpe` and `unigram` (the vocabularies of Llama 2, Gemma
-and T5); and `wordpiece` (the tokenizer of BERT). `python -m bpe "some text"` prints tokens;
-`explain` prints the merges that lead to them.
+`formats` (read published vocabularies), `save`, `stream` and `chat`; `fast_pretokenizer`,
+`split_points`, `hash_table`, `fast_encoder` and `train_fast` (the same results for long texts, with
+NumPy); `trainer` (from texts to an encoding, with `train_fast`); `sentencepiece`, with
+`character_bpe` and `unigram` (the vocabularies of Llama 2, Gemma and T5); and `wordpiece` (the
+tokenizer of BERT). `python -m bpe "some text"` prints the tokens of a text, and
+`python -m bpe explain "some text"` the merges that produce them.
 
     import bpe
 

@@ -86,7 +86,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
             default=_DEFAULT_VOCAB,
             metavar="NAME|PATH",
             help="name of an OpenAI encoding or model, a .gguf, .tiktoken or .model "
-            f"file, a tokenizer.json, or the folder of one; default {_DEFAULT_VOCAB}",
+            f"file, a tokenizer.json, or a Hugging Face folder; default {_DEFAULT_VOCAB}",
         )
 
     def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
         action="append",
         required=True,
         type=Path,
-        help="output file (repeatable): .json is complete, .tiktoken holds tokens and ranks only",
+        help="output file (repeatable): .json is complete, .tiktoken has tokens and ranks only",
     )
     train.add_argument(
         "--vocab-size", type=int, default=32_000, help="number of tokens; default 32000"
@@ -175,7 +175,7 @@ def _decode(args: argparse.Namespace) -> None:
         try:
             ids.append(int(word))
         except ValueError:
-            raise ValueError(f"{word!r} is not a token id; ids are integers") from None
+            raise ValueError(f"expected token ids, which are integers, got {word!r}") from None
     try:
         data = encoding.decode_bytes(ids)
     except (KeyError, OverflowError) as error:
@@ -194,7 +194,7 @@ def _count(args: argparse.Namespace) -> None:
     print(f"{measures.tokens:>12,} tokens")
     for name in ("characters", "words", "bytes"):
         amount = getattr(measures, name)
-        print(f"{amount:>12,} {name:<10}  {measures.per_token(amount):5.2f} a token")
+        print(f"{amount:>12,} {name:<10}  {measures.per_token(amount):5.2f} per token")
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -205,11 +205,11 @@ def _compare(args: argparse.Namespace) -> None:
         print(json.dumps({name: _as_dict(measures) for name, measures in results.items()}))
         return
     width = max(10, *map(len, results))
-    print(f"{'':{width}}  {'tokens':>10}  characters a token  words a token")
+    print(f"{'':{width}}  {'tokens':>10}  characters per token  words per token")
     for name, measures in results.items():
         characters = measures.per_token(measures.characters)
         words = measures.per_token(measures.words)
-        print(f"{name:{width}}  {measures.tokens:>10,}  {characters:>18.2f}  {words:>13.2f}")
+        print(f"{name:{width}}  {measures.tokens:>10,}  {characters:>20.2f}  {words:>15.2f}")
 
 
 def _explain(args: argparse.Namespace) -> None:
@@ -275,7 +275,7 @@ def _read_text(args: argparse.Namespace) -> str:
 
 
 def _resolve_pattern(name: str) -> str:
-    """Return the split pattern of a name in `PATTERNS`, or `name` itself as a pattern."""
+    """Return the split pattern that `PATTERNS` has for `name`, or `name` itself as a pattern."""
     if name in PATTERNS:
         return PATTERNS[name]
     if re.fullmatch(r"[\w-]+", name):  # a misspelled name; as a pattern it matches only itself
@@ -289,7 +289,7 @@ def _resolve_pattern(name: str) -> str:
 
 
 def _load_encoding(name: str) -> bpe.Encoding:
-    """Return the encoding of an encoding name, a file, a folder, or an OpenAI model name."""
+    """Return the encoding for `name`: an encoding name, a file, a folder, or an OpenAI model."""
     if name in bpe.list_encoding_names():
         return bpe.get_encoding(name)
     if Path(name).exists() or Path(name).suffix in (".gguf", ".json", ".model", ".tiktoken"):
@@ -299,7 +299,8 @@ def _load_encoding(name: str) -> bpe.Encoding:
     except KeyError:
         encoding_names = ", ".join(bpe.list_encoding_names())
         raise ValueError(
-            f"--vocab {name}: not an encoding ({encoding_names}), a file, or an OpenAI model"
+            f"--vocab: expected an encoding ({encoding_names}), an existing file or folder, or an "
+            f"OpenAI model, got {name!r}"
         ) from None
 
 

@@ -1,8 +1,9 @@
-"""Find added tokens in a text: special tokens, and tokens that every text is searched for.
+"""Find added tokens in a text: special tokens, and other texts that always become one token.
 
 An added token is matched before the text is split and merged. A special token (`<|im_end|>`) is
-matched only if the caller allows it. Any other added token is text that a vocabulary keeps in one
-token whatever its merges are: the runs of spaces in GPT-NeoX, the HTML tags in Gemma.
+matched only if the caller allows it. Any other added token is matched in every text, so that its
+text becomes one token regardless of the merges: the runs of spaces in GPT-NeoX, the HTML tags in
+Gemma.
 
 The rules are those of Hugging Face's `tokenizers` (`added_vocabulary.rs`): the leftmost match, and
 the longest of several that begin at the same position.
@@ -22,7 +23,7 @@ WHITESPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
 )
-"""The characters that Unicode and Rust call whitespace; `str.isspace` also has U+001C to U+001F."""
+"""The characters that Unicode and Rust call whitespace; `str.isspace` adds U+001C to U+001F."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,12 @@ class AddedToken:
 
     Attributes:
         content: the text of the token.
-        id: its id.
-        special: whether it is matched only where the caller allows it.
+        id: the token id.
+        special: whether the token is matched only if the caller allows it.
         single_word: whether no letter, digit or underscore may be adjacent.
         lstrip: whether the token also takes the whitespace before it.
         rstrip: whether the token also takes the whitespace after it.
-        normalized: whether it is matched in the normalized text instead of the raw text.
+        normalized: whether the token is matched in the normalized text instead of the raw text.
     """
 
     content: str
@@ -52,14 +53,14 @@ class TokenSplitter:
     """Splits texts at a set of added tokens."""
 
     def __init__(self, tokens: Collection[AddedToken]):
-        """Prepare the search for `tokens`, whose contents differ."""
+        """Compile the search for `tokens`, each of which must have a different `content`."""
         self.tokens = tuple(tokens)
         self._by_content = {token.content: token for token in tokens}
         self._pattern = special_token_regex(frozenset(self._by_content)) if tokens else None
         self._is_plain = not any(t.single_word or t.lstrip or t.rstrip for t in tokens)
 
     def split(self, text: str) -> list[str | AddedToken]:
-        """Return the tokens of a text and the non-empty texts between them, in order."""
+        """Return the added tokens in a text and the non-empty texts between them, in order."""
         if self._pattern is None:
             return [text] if text else []
         if self._is_plain:
@@ -93,7 +94,7 @@ class TokenSplitter:
 
 @functools.lru_cache(maxsize=64)
 def token_splitter(tokens: frozenset[AddedToken]) -> TokenSplitter:
-    """Return the splitter of a set of tokens."""
+    """Return a `TokenSplitter` for a set of tokens, from a cache of the latest 64."""
     return TokenSplitter(tokens)
 
 

@@ -2,14 +2,14 @@
 
 Kudo and Richardson, "SentencePiece: A simple and language independent subword tokenizer" (2018).
 Two things differ from the byte-level vocabularies of GPT-2. Merging starts from characters, and a
-character that is no token becomes its bytes after merging ("byte fallback"), or the unknown token.
-And the order of merges is that of the scores of the merged tokens, if the vocabulary has scores
-(`tokenizer.model`, GGUF); a `tokenizer.json` lists the pairs.
+character that is not a token becomes its bytes after merging ("byte fallback"), or the unknown
+token. And if the vocabulary has scores (`tokenizer.model`, GGUF), the pair whose merged token has
+the highest score is merged first; a `tokenizer.json` lists the pairs in order instead.
 
-Both differences go away in this module: characters are joined from their bytes by merges that come
-before all others. So the vocabulary becomes a byte-level one (`vocab.Vocab`) with ids of its own,
-and `merge`, `fast_encoder` and `explain` apply to it. Each of its tokens stands for one or several
-ids: a byte, or an incomplete or unknown character, for its byte tokens.
+This module converts such a vocabulary to a byte-level one (`vocab.Vocab`), so that `merge`,
+`fast_encoder` and `explain` can use it: additional merges, ranked before all others, join the bytes
+of each character. The byte-level vocabulary has internal ids. Each internal id expands to one or
+several ids of the model: a byte, or an incomplete or unknown character, to its byte tokens.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ BatchMerge = Callable[[list[bytes]], tuple[Ids, Ints]]
 
 
 class CharacterBpe:
-    """The merges of a vocabulary of characters.
+    """A character-level BPE vocabulary, converted to byte-level merges.
 
     Attributes:
         vocab: the byte-level vocabulary; its ids are internal.
-        expansions: the ids of each internal id.
+        expansions: the ids of the model that each internal id expands to.
+        has_ties: whether two tokens have the same score, so that merges have equal ranks.
     """
 
     def __init__(
@@ -50,15 +51,17 @@ class CharacterBpe:
         """Compile a vocabulary.
 
         Args:
-            name: the name in messages.
+            name: the name of the vocabulary in error messages.
             pieces: token to id.
             scores: the score of each token; of two possible merges, the one that makes the token of
                 higher score comes first.
             merges: the pairs that can be merged, in order of rank; instead of `scores`.
-            unused: tokens of `pieces` that may be merged but are split again in the result.
-            byte_ids: the id of each of the 256 bytes, for characters that are no token; None: they
-                become `unk_id`.
-            unk_id: the id of such a character; None: it is dropped.
+            unused: tokens of `pieces` that can result from a merge but are split again afterwards
+                (type UNUSED of SentencePiece).
+            byte_ids: the id of each of the 256 bytes, for characters that are not tokens; with
+                None, such a character becomes `unk_id`.
+            unk_id: the id of a character that is not a token, if there are no `byte_ids`; with
+                None, the character is dropped.
 
         Raises:
             ValueError: if a merge has a pair or a result that is not a token, or is repeated.
@@ -66,7 +69,7 @@ class CharacterBpe:
         self._unk_id = unk_id
         self._pieces, self._byte_ids = pieces, byte_ids
         characters = sorted({character.encode() for piece in pieces for character in piece})
-        # All beginnings of characters, the shorter ones first.
+        # All UTF-8 prefixes of two to four bytes of the characters, the shorter ones first.
         parts = {c[:n]: c[: n - 1] for n in range(2, 5) for c in characters if n <= len(c)}
         self._first_merged = 256 + len(parts)
         tokens = [bytes([byte]) for byte in range(256)] + list(parts)
@@ -95,7 +98,7 @@ class CharacterBpe:
         self.expansions = [self._expand(token, unused_tokens) for token in tokens]
 
     def _expand(self, token: bytes, unused: frozenset[bytes]) -> tuple[int, ...]:
-        """Return the ids of an internal token."""
+        """Return the ids of the model for an internal token, given as bytes."""
         if token in unused:
             return tuple(
                 id for part in self._split_unused(token) for id in self._expand(part, unused)
@@ -113,7 +116,7 @@ class CharacterBpe:
         return (self._unk_id,) * sum(not 0x80 <= byte < 0xC0 for byte in token)
 
     def _split_unused(self, token: bytes) -> Sequence[bytes]:
-        """Return the parts that are merged to an unused token, as SentencePiece splits it again."""
+        """Return the tokens that an unused token was merged from, as SentencePiece does."""
         rank = self.vocab.rank
         parts = merge(token, lambda a, b: NO_MERGE if len(a) + len(b) == len(token) else rank(a, b))
         return [token[i : i + 1] for i in range(len(token))] if len(parts) == 1 else parts
@@ -124,7 +127,7 @@ class CharacterBpe:
         return self._pieces
 
     def encode(self, segment: str) -> list[int]:
-        """Return the ids of a segment."""
+        """Return the ids of a segment of normalized text."""
         expansions = self.expansions
         return [id for token in self.vocab.merge(segment.encode()) for id in expansions[token]]
 
@@ -133,9 +136,9 @@ class CharacterBpe:
 
         Args:
             segments: the segments in UTF-8.
-            merge: function with the same result in internal ids, see `FastEncoder`.
+            merge: function that returns the same two arrays in internal ids, see `FastEncoder`.
         """
-        if self.has_ties:  # the batched algorithm needs different ranks
+        if self.has_ties:  # the batched algorithm requires that no two merges have the same rank
             results = [self.encode(segment.decode()) for segment in segments]
             ids = np.array(list(itertools.chain.from_iterable(results)), np.uint32)
             return ids, np.array(list(map(len, results)), np.intp)
@@ -147,18 +150,18 @@ class CharacterBpe:
 
     @functools.cached_property
     def _expansion_arrays(self) -> tuple[Ids, Ints, Ints]:
-        """The concatenated expansions, and the first offset and the length of each."""
+        """The concatenated expansions, and the offset and the length of each expansion."""
         length = np.array(list(map(len, self.expansions)), np.intp)
         ids = np.array(list(itertools.chain.from_iterable(self.expansions)), np.uint32)
         return ids, np.cumsum(length) - length, length
 
 
 class _ScoredVocab(Vocab):
-    """A vocabulary whose order of merges is that of scores."""
+    """A vocabulary that ranks merges by the scores of the merged tokens, with ties."""
 
     def __init__(self, name: str, ranks: Mapping[bytes, int], equal: Sequence[int]):
         super().__init__(name, pattern=(), ranks=ranks, special_tokens={})
-        self.ignore_merges = False  # a token that no merges lead to is never used
+        self.ignore_merges = False  # a token that no sequence of merges makes is never used
         self._equal = equal
         self.has_ties = any(rank != i for i, rank in enumerate(equal))
 

@@ -1,8 +1,8 @@
 r"""Read and apply the "precompiled charsmap" of SentencePiece: replacements of characters.
 
-The map holds the rules of NFKC, and some of SentencePiece's own, as a trie (a double array of
-Darts-clone) followed by the replacements, each ended by a zero byte. At each position the longest
-key is replaced; a character without a key stays.
+The map contains the rules of NFKC, and additional rules of SentencePiece, as a trie (a double array
+of Darts-clone) followed by the replacements, each ended by a zero byte. At each position the
+longest key is replaced; a character without a key stays.
 
 `tokenizers` applies the same map to graphemes: a grapheme of up to five bytes is replaced as a
 whole, by the replacement of the *shortest* key that it begins with. So "\r\n" becomes one space
@@ -30,10 +30,10 @@ _MULTI = (
 
 
 class Charsmap:
-    """The replacements of a precompiled charsmap."""
+    """The replacements of a precompiled charsmap: key to replacement, both texts."""
 
     def __init__(self, data: bytes):
-        """Read a map.
+        """Parse a charsmap.
 
         Args:
             data: the bytes of `precompiled_charsmap`.
@@ -43,9 +43,15 @@ class Charsmap:
         """
         self._data = data
         if len(data) < 4 or not 0 < (size := struct.unpack_from("<I", data)[0]) <= len(data) - 4:
-            raise ValueError("precompiled_charsmap: the size of its trie exceeds the data")
+            raise ValueError(
+                f"precompiled_charsmap is damaged: the size of its trie exceeds the {len(data)} "
+                "bytes of data, or is 0"
+            )
         if size % 4:
-            raise ValueError(f"precompiled_charsmap: a trie of {size} bytes, no multiple of 4")
+            raise ValueError(
+                f"precompiled_charsmap is damaged: expected a trie of a multiple of 4 bytes, got "
+                f"{size}"
+            )
         self._replacements = data[4 + size :]
         try:
             keys = self._read_keys(data[4 : 4 + size])
@@ -56,8 +62,8 @@ class Charsmap:
         multi = [key for key in self._keys if len(key) > 1]
         self._longest = max(map(len, multi), default=1)
         following = "".join(map(regex.escape, sorted({c for key in multi for c in key[1:]})))
-        # The only texts in which a key of several characters can occur: a character, and any
-        # characters that such a key has after its first.
+        # Matches the only texts in which a key of several characters can occur: any character, then
+        # characters that occur in such a key after its first character.
         self._multi = regex.compile(f"(?s)[^{following}]?[{following}]+") if multi else None
 
     def __eq__(self, other: object) -> bool:
@@ -136,7 +142,7 @@ class Charsmap:
         return "".join(result)
 
     def replace_graphemes(self, text: str) -> str:
-        """Replace as `tokenizers` does, by graphemes."""
+        """Replace each grapheme of up to five bytes by its shortest key, as `tokenizers` does."""
         parts, end = [], 0
         for match in _multi_graphemes().finditer(text):
             grapheme = match.group()
@@ -151,7 +157,7 @@ class Charsmap:
 
 
 def _offsets(units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """Return the offset in each unit."""
+    """Return the offset to the children that each unit of the trie encodes."""
     import numpy as np
 
     return (units >> np.uint32(10)) << ((units & np.uint32(1 << 9)) >> np.uint32(6))

@@ -80,7 +80,8 @@ class ChatTemplate:
             tools: JSON schemas of the functions that the model may call.
 
         Raises:
-            ValueError: if the template fails, rejects the messages, or exceeds its limits.
+            ValueError: if the template fails, rejects the messages, or exceeds the limits on size
+                and time in `bpe.sandbox`.
         """
         if tools is not None and self.tool_use_template is not None:
             return self.tool_use_template.render(
@@ -103,10 +104,10 @@ class ChatTemplate:
         special tokens gives the same ids as encoding the rendered text.
 
         Before rendering, a mark is inserted in front of every special token that occurs in a
-        message or a tool, and of every part of one at the beginning or end of a string, because
-        adjacent text might complete it. In the rendered text, special tokens after a mark are
-        ordinary text, and the marks are removed. The caller must check the roles: a template may
-        build a special token from one, as in `"<|" + role + "|>"`.
+        message or a tool, and in front of every part of a special token at the beginning or end of
+        a string, because adjacent text might complete the token. In the rendered text, special
+        tokens after a mark are ordinary text, and the marks are removed. The caller must check the
+        roles: a template can build a special token from a role, as in `"<|" + role + "|>"`.
 
         Args:
             encoding: the vocabulary.
@@ -162,7 +163,10 @@ class ChatTemplate:
             ids += segment_ids
         token_offsets[start] = len(ids)
         if not token_offsets.keys() >= set(boundaries):
-            raise ValueError("an assistant message begins or ends within a special token")
+            raise ValueError(
+                "cannot return spans in tokens: an assistant message begins or ends within a "
+                "special token of the template"
+            )
         return ids, [(token_offsets[start], token_offsets[end]) for start, end in spans]
 
     def _parts(
@@ -229,16 +233,17 @@ class ChatTemplate:
     def _assistant_span(
         self, messages: list[Any], tools: list[Any] | None, text: str, i: int, mark: str
     ) -> tuple[int, int]:
-        """Return the span of message `i`: the part of `text` that changes if a mark replaces it.
+        """Return the span of message `i`: the part of `text` that changes with its content.
 
-        This works whatever the template does with a message: trim it, remove its reasoning, or
-        write its tool calls.
+        The conversation is rendered again with `mark` as the content of the message, and compared
+        with `text`. So the template may trim a message, remove its reasoning, or write its tool
+        calls.
         """
         replaced = [*messages[:i], {"role": "assistant", "content": mark}, *messages[i + 1 :]]
         rendered = self._run(replaced, tools, False)
         if rendered.count(mark) != 1:
             raise ValueError(
-                f"cannot find message {i} in the rendered text: the template writes its content "
+                f"expected the template to write the content of message {i} once, got "
                 f"{rendered.count(mark)} times; mark it with {{% generation %}} in the template"
             )
         start = len(commonprefix([text, rendered]))
@@ -268,7 +273,7 @@ class ChatTemplate:
             value_size([messages, tools])
         except ValueError:
             raise ValueError(
-                f"messages and tools hold more than {MAX_SIZE} characters; shorten them"
+                f"messages and tools have more than {MAX_SIZE} characters; shorten them"
             ) from None
         parts, length = [], 0
         try:
@@ -285,7 +290,7 @@ class ChatTemplate:
                     parts.append(part)
                     length += len(part)
                     if length > MAX_SIZE:
-                        raise ValueError(f"it writes more than {MAX_SIZE} characters")
+                        raise ValueError(f"the output has more than {MAX_SIZE} characters")
         except Exception as error:  # caused by the template or the messages, of any type
             raise ValueError(f"chat template failed: {error}") from error
         return "".join(parts)
@@ -326,14 +331,15 @@ def _map_strings(function: Callable[[str], str], value: Any) -> Any:
         return {_map_strings(function, k): _map_strings(function, v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_map_strings(function, item) for item in value]
-    raise ValueError(f"messages and tools must hold JSON types only, not {type(value).__name__}")
+    raise ValueError(f"messages and tools must have JSON types only, got {type(value).__name__}")
 
 
 @functools.lru_cache(maxsize=16)
 def _special_text_pattern(specials: frozenset[str]) -> re.Pattern[str]:
-    """Return a zero-width pattern for the start of a special token, or of a part at a string end.
+    """Return a zero-width pattern: it matches before a special token that a string contains.
 
-    Text before or after the string might complete such a part.
+    It also matches before a part of a special token at the beginning or end of the string, which
+    text before or after the string might complete.
     """
     splits = [(token, n) for token in specials for n in range(1, len(token))]
     prefixes = _any_of({token[:n] for token, n in splits}) or "(?!)"
@@ -368,7 +374,7 @@ def _marked_spans(marked: str, open_mark: str, close_mark: str) -> list[tuple[in
 def _end_of_turn_length(text: str, stop_tokens: Collection[str]) -> int:
     """Return the length of the end-of-turn token at the beginning of `text`, 0 without one.
 
-    It is a stop token, optionally after whitespace, or text in angle brackets.
+    An end-of-turn token is a stop token, optionally after whitespace, or text in angle brackets.
     """
     if stop_tokens and (match := re.match(rf"\s*(?:{_any_of(stop_tokens)})", text)):
         return match.end()

@@ -1,7 +1,7 @@
-"""Find the chat templates of a model: read them, by name, from the files of its folder.
+"""Read the chat templates of a model, by name, from the files of its folder.
 
-Follows `PreTrainedTokenizerBase.from_pretrained` of transformers 5. The first existing source is
-used:
+Follows `PreTrainedTokenizerBase.from_pretrained` of transformers 5. Only the first of these that
+exists is read:
 
 1. `chat_template.jinja`, which is "default", and `additional_chat_templates/NAME.jinja`;
 2. `chat_template` in tokenizer_config.json: a string, or a list of objects with `name` and
@@ -57,18 +57,21 @@ def parse_chat_templates(value: Any, where: str) -> dict[str, str]:
         where: the file and key, for error messages.
 
     Raises:
-        ValueError: if the value has another form.
+        ValueError: if the value has none of these three forms.
     """
     if isinstance(value, str):
         return {"default": value} if value else {}
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = {item.get("name"): item.get("template") for item in value}
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}, not a string, list or object")
+        raise ValueError(
+            f"{where}: expected a string, a list or an object, got {type(value).__name__}"
+        )
     for name, source in value.items():
         if not isinstance(name, str) or not isinstance(source, str):
             raise ValueError(
-                f"{where} must hold a name and a template, two strings, in each object"
+                f"{where}: expected a name and a template, both strings, got {name!r} and a "
+                f"template of type {type(source).__name__}"
             )
     return value
 

@@ -1,4 +1,4 @@
-"""The tokenizer of an encoder: any vocabulary, and the special tokens of its post-processor.
+"""The tokenizers of encoder models: any vocabulary, and the special tokens around each text.
 
 tokenizer = bpe.load_encoder_tokenizer(folder)
 ids = tokenizer.encode("hello world")  # with the special tokens of the model: [CLS] ... [SEP]
@@ -21,10 +21,10 @@ from bpe.wordpiece import WordPiece
 
 
 class EncoderTokenizer:
-    """Text to token ids with special tokens.
+    """The tokenizer of an encoder model: converts texts to ids with special tokens around them.
 
     Attributes:
-        post_processor: the special tokens around a text and a pair.
+        post_processor: the special tokens around a text, and around a pair of texts.
         special_tokens: text to id of the special tokens, which are matched in texts.
     """
 
@@ -42,11 +42,12 @@ class EncoderTokenizer:
 
         Args:
             encode: converts a text to ids without special tokens around it.
-            post_processor: the special tokens around a text and a pair.
+            post_processor: the special tokens around a text, and around a pair of texts.
             num_ids: one more than the highest id.
             special_tokens: text to id of the special tokens.
             lowercase: whether to convert texts to lower case first, except special tokens.
-            has_types: whether the model is given the types of tokens; else all are 0.
+            has_types: whether `encode_pair` returns the token types of the post-processor; if
+                not, all types are 0, as for a model without token types.
         """
         self._encode, self._num_ids, self._lowercase = encode, num_ids, lowercase
         self._has_types = has_types
@@ -88,7 +89,7 @@ class EncoderTokenizer:
     def encode_pair(
         self, first: str, second: str, *, max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
-        """Encode a pair of texts; return the ids, and the type of each.
+        """Encode a pair of texts; return the ids, and the type (0 or 1) of each token.
 
         Args:
             first: the first text.
@@ -104,7 +105,7 @@ class EncoderTokenizer:
     def process_pair(
         self, first: Sequence[int], second: Sequence[int], max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
-        """Return a pair of encoded texts with special tokens; see `encode_pair`."""
+        """Add special tokens to a pair of encoded texts; return ids and types as `encode_pair`."""
         ids, types = self.post_processor.process_pair(first, second, max_length)
         return ids, types if self._has_types else [0] * len(ids)
 
@@ -126,7 +127,7 @@ class EncoderTokenizer:
 
 
 def load_encoder_tokenizer(path: str | Path, *, lowercase: bool = False) -> EncoderTokenizer:
-    """Read the tokenizer of an encoder.
+    """Read the tokenizer of an encoder model.
 
     Args:
         path: a Hugging Face folder (`tokenizer.json`, or the `vocab.txt` of a BERT), or a GGUF
@@ -134,7 +135,7 @@ def load_encoder_tokenizer(path: str | Path, *, lowercase: bool = False) -> Enco
         lowercase: whether to convert texts to lower case first.
 
     Raises:
-        FileNotFoundError: if there is no tokenizer.
+        FileNotFoundError: if the path does not exist, or the folder has no tokenizer.
         ValueError: if a file is damaged or has an unsupported setting.
     """
     path = Path(path)
@@ -156,9 +157,10 @@ def load_encoder_tokenizer(path: str | Path, *, lowercase: bool = False) -> Enco
 
 
 def _has_types(path: Path) -> bool:
-    """Whether transformers gives a model the types of tokens, from a tokenizer_config.json.
+    """Return whether transformers passes token types to a model, from a tokenizer_config.json.
 
-    Without `model_input_names`, tokenizers of models do, and the generic class does not.
+    Without `model_input_names`, the tokenizer classes of specific models pass token types, and the
+    generic class does not.
     """
     config = read_json(path) if path.exists() else {}
     names = config.get("model_input_names")
@@ -202,7 +204,7 @@ def _from_gguf(path: Path, lowercase: bool) -> EncoderTokenizer:
     if metadata.get("tokenizer.ggml.model") == "bert":
         return _from_wordpiece(wordpiece_from_gguf(metadata, str(path)), lowercase)
     tokenizer = formats.load(path)
-    # llama.cpp adds both to the texts of an encoder; `add_sep_token` concerns pairs.
+    # llama.cpp adds bos and eos to the texts of an encoder; `add_sep_token` concerns pairs.
     flags = {
         name: metadata.get(f"tokenizer.ggml.add_{name}_token", name != "bos" or tokenizer.add_bos)
         for name in ("bos", "eos")
@@ -221,7 +223,7 @@ def _bos_and_eos(tokenizer: Any) -> PostProcessor:
 
 
 def _around(bos: int | None, eos: int | None) -> PostProcessor:
-    """Return a processor that adds ids before and after a text; between a pair it adds `eos`."""
+    """Return a processor that adds `bos` before a text and `eos` after each text of a pair."""
     before = () if bos is None else (Slot((bos,)),)
     after = () if eos is None else (Slot((eos,)),)
     a, b = Slot((), "A"), Slot((), "B")
@@ -243,7 +245,10 @@ def wordpiece_from_gguf(metadata: Mapping[str, Any], where: str) -> WordPiece:
     tokens = metadata.get("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
-        raise ValueError(f"{where}: tokenizer.ggml.tokens and token_type must be lists of a length")
+        raise ValueError(
+            f"{where}: tokenizer.ggml.tokens and tokenizer.ggml.token_type must be lists of the "
+            "same length"
+        )
     vocab: dict[str, int] = {}
     special: list[str] = []
     for id, (raw, kind) in enumerate(zip(tokens, types, strict=True)):
@@ -267,7 +272,7 @@ def wordpiece_from_gguf(metadata: Mapping[str, Any], where: str) -> WordPiece:
         id = next((id for id in ids if id is not None), None)
         settings[argument] = default if id is None else names.get(id, default)
     try:
-        # A vocabulary of lower case is that of an uncased model; the file has no key for it.
+        # The file has no key for it: an uncased model has no token with an upper-case letter.
         lowercase = not any(token[:1].isupper() for token in vocab if token not in special)
         return WordPiece(vocab, special_tokens=special, lowercase=lowercase, **settings)
     except ValueError as error:

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 Allowed = Literal["all"] | AbstractSet[str]
 Disallowed = Literal["all"] | Collection[str]
 Position = Literal["start", "after token", "inside"]
-"""Where a part stands: at the start of its text, after an added token, or after ordinary text."""
+"""The position of a part in its text: at the start, after an added token, or after other text."""
 
-# Text repeats its words. An entry takes about 300 bytes; a full cache is cleared.
+# Words repeat in a text. An entry takes about 300 bytes; a full cache is cleared.
 _CACHE_ENTRIES = 1 << 15
 _MAX_CACHED_PIECE = 64  # characters; longer pieces rarely repeat
 _LONG_PIECE = 12  # characters; longer non-ASCII pieces are split further (`split_points`)
@@ -50,7 +50,8 @@ class Encoding(Vocab):
     """
 
     dummy_prefix = False  # whether encoding puts a space before a text, which decoding drops
-    # (function, arguments) that returns this object, for pickling; None: pickle the arguments.
+    # For pickling: a function and its arguments, whose call returns this encoding. With None, the
+    # arguments of the constructor are pickled.
     factory: tuple[Callable[[str], Encoding], tuple[str]] | None = None
 
     def __repr__(self) -> str:
@@ -68,11 +69,12 @@ class Encoding(Vocab):
         """Encode text to token ids.
 
         Special tokens control a model, so untrusted text must not be able to produce one. By
-        default, text that contains one raises an error. The caller chooses for each token:
+        default, text that contains a special token raises an error. A special token is
 
-        - in `allowed_special`: it is encoded as the special token;
-        - in neither set: it is encoded as ordinary text;
-        - in `disallowed_special` ("all": every token that is not allowed): it is an error.
+        - encoded as the special token if it is in `allowed_special`;
+        - encoded as ordinary text if it is in neither set;
+        - rejected with a ValueError if it is in `disallowed_special` ("all": every token that is
+          not allowed).
 
         >>> gpt2 = bpe.get_encoding("gpt2")
         >>> gpt2.encode("<|endoftext|>", allowed_special={"<|endoftext|>"})
@@ -146,8 +148,8 @@ class Encoding(Vocab):
 
         Args:
             text: the texts.
-            num_threads: has no effect; tiktoken has this argument. Python threads would not help.
-                Texts with enough characters in total are encoded together.
+            num_threads: has no effect; tiktoken has this argument. Python threads would not help,
+                but texts with enough characters in total are encoded together, which is faster.
             allowed_special: as in `encode`.
             disallowed_special: as in `encode`.
 
@@ -168,7 +170,7 @@ class Encoding(Vocab):
 
         Args:
             text: the texts.
-            num_threads: has no effect.
+            num_threads: has no effect; tiktoken has this argument.
 
         Raises:
             TypeError: if a text is not a string.
@@ -219,7 +221,7 @@ class Encoding(Vocab):
         ids = [id for item in items[:-1] for id in self._encode_item(item)]
         for piece in pieces[
             :-1
-        ]:  # not as one text: without the last piece, it might be split otherwise
+        ]:  # one by one: the text without its last piece might be split at other positions
             ids += self.encode_piece(piece.encode())
         last = self.encode_piece(pieces[-1].encode())
         if last and self._is_blank(last[0]):
@@ -300,7 +302,13 @@ class Encoding(Vocab):
         return {token.content: token for token in self.added_tokens}
 
     def _splitter(self, allowed: AbstractSet[str], normalized: bool = False) -> TokenSplitter:
-        """Return the splitter at allowed special tokens and at the tokens of every text."""
+        """Return the splitter at allowed special tokens and at all other added tokens.
+
+        Args:
+            allowed: the allowed special tokens.
+            normalized: whether to return the splitter of normalized text: the tokens with that
+                flag; else that of raw text, the tokens without it.
+        """
         tokens = [token for token in self.added_tokens if not token.special]
         for content in self.special_tokens.keys() & allowed:
             flags = self._added_by_content.get(content)
@@ -309,7 +317,7 @@ class Encoding(Vocab):
 
     @functools.cached_property
     def _splitters(self) -> dict[tuple[AbstractSet[str] | None, bool], TokenSplitter]:
-        """The splitters for no special token and for all of them."""
+        """The splitters for no special token (key: empty set) and for all of them (key: None)."""
         choices = [(frozenset(), False), (frozenset(), True)]
         choices += [(self.special_tokens_set, False), (self.special_tokens_set, True)]
         return {
@@ -333,7 +341,8 @@ class Encoding(Vocab):
         Args:
             text: a text without surrogates.
             allowed: the special tokens to find.
-            position: where the text stands; used by vocabularies that mark the start of a text.
+            position: the position of the text in a longer one; used by vocabularies that mark the
+                start of a text.
         """
         if not allowed and not self.added_tokens:
             return [self.normalize(text)] if text else []
@@ -380,13 +389,13 @@ class Encoding(Vocab):
 
     @functools.cached_property
     def split_points(self) -> SplitPoints:
-        """The positions at which long pieces can be split without a change of their ids."""
+        """The `SplitPoints` of this vocabulary, which split long pieces without changing ids."""
         from bpe.split_points import SplitPoints
 
         return SplitPoints(self)
 
     def normalize(self, text: str) -> str:
-        """Return the text that is split and merged, where it has no added tokens."""
+        """Return the normalized form of a text without added tokens, which is split and merged."""
         if self.normalization and not text.isascii():
             return unicodedata.normalize(self.normalization, text)
         return text
@@ -503,7 +512,7 @@ class Encoding(Vocab):
                     return KeyError(f"Invalid token for decoding: {token}")
             except (TypeError, OverflowError) as error:
                 return error
-        raise AssertionError("all of these ids can be decoded")
+        raise AssertionError("expected an id that cannot be decoded, but all ids are valid")
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """Return the bytes of one token, ordinary or special; they may end inside a character.
@@ -526,9 +535,9 @@ class Encoding(Vocab):
         return [self.decode_single_token_bytes(token) for token in _checked_array(tokens)]
 
     def decode_with_offsets(self, tokens: Sequence[int]) -> tuple[str, list[int]]:
-        """Decode ids to text and the character offset of each token.
+        """Decode ids to text, and return the character offset of each token in the text.
 
-        The offset of a token that begins inside a character is that of the character.
+        A token that begins inside a character has the offset of that character.
 
         Raises:
             KeyError: if the vocabulary has no such id.
@@ -578,7 +587,7 @@ class Encoding(Vocab):
 
     @functools.cached_property
     def special_tokens_set(self) -> set[str]:
-        """The special tokens, as text."""
+        """The texts of all special tokens."""
         return set(self.special_tokens)
 
     @functools.cached_property
@@ -599,7 +608,7 @@ class Encoding(Vocab):
         """
         return self.special_tokens["<|endoftext|>"]
 
-    # Pickle a named encoding as its name, and any other as its constructor arguments.
+    # A named encoding is pickled as its name, any other encoding as its constructor arguments.
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.factory is not None:

@@ -1,7 +1,8 @@
 """Explain an encoding: list the merges of a word, and measure how much text a token covers.
 
-`merge_steps` is `merge.merge_list` with a record of each step: the pairs that could be merged, and
-the pair that was. `merge_diagram` draws the steps as lines between the bytes:
+`merge_steps` is `merge.merge_list` with a record of each merge: the pair that was merged, and the
+ranks of the other pairs that could be merged. `merge_diagram` draws each merge as a line between
+the bytes:
 
     l   o   w   e   r
     l   o───w   e   r     ow = o + w    rank 256, before 258
@@ -35,10 +36,10 @@ _COLUMN_WIDTH = 4  # characters for one byte and the line to the next
 
 @dataclass(frozen=True, kw_only=True)
 class MergeStep:
-    """One merge.
+    """One merge of two adjacent tokens, and the pairs that could have been merged instead.
 
     Attributes:
-        parts: the parts of the piece after the merge.
+        parts: the tokens of the piece after the merge.
         index: the index in `parts` of the new token.
         left: the left token of the merged pair.
         right: the right token of the merged pair.
@@ -125,7 +126,7 @@ def explain(encoding: Encoding, text: str) -> str:
 def merge_diagram(encoding: Encoding, piece: str) -> str:
     """Draw the merges of one piece, one per line, with its bytes in columns.
 
-    Of a Unigram vocabulary, draw the lattice of the piece instead: see `lattice_diagram`.
+    For a Unigram vocabulary, draw the lattice of the piece instead: see `lattice_diagram`.
     """
     data = fix_surrogates(piece).encode().translate(None, encoding.dropped_bytes)
     vocab: Vocab = encoding
@@ -143,7 +144,7 @@ def merge_diagram(encoding: Encoding, piece: str) -> str:
     steps = merge_steps(vocab, data)
     first = tuple(bytes([byte]) for byte in data)
     if vocab.ignore_merges and steps and tokens != list(steps[-1].parts):  # `ignore_merges`
-        note = f"{render_token(data)} is a token, {ids[0]}, though no merges lead to it"
+        note = f"{render_token(data)} is the token {ids[0]}, which no sequence of merges makes"
         return f"{_columns(first)}\n{note}"
 
     rows = [(_columns(first), "", "")]
@@ -165,7 +166,7 @@ def merge_diagram(encoding: Encoding, piece: str) -> str:
 
 
 def lattice_diagram(encoding: SentencePiece, text: str) -> str:
-    """List the tokens that can be a part of a text, with their scores, and the best path.
+    """List all tokens that occur in a text, with their scores, and the best path.
 
     A token stands under its characters; `*` marks those of the best path. The score is the
     logarithm of the probability, and the last line is the sum over the best path.
@@ -179,7 +180,7 @@ def lattice_diagram(encoding: SentencePiece, text: str) -> str:
     """
     model = encoding.model
     if not isinstance(model, Unigram):
-        raise TypeError(f"{encoding!r} is not a Unigram vocabulary")
+        raise TypeError(f"expected an encoding with a Unigram model, got {encoding!r}")
     ids = encoding.encode_piece(text.encode())
     tokens = encoding.decode_tokens_bytes(ids)
     if len(text) > MAX_DRAWN_BYTES:
@@ -192,7 +193,7 @@ def lattice_diagram(encoding: SentencePiece, text: str) -> str:
         is_best = (edge.begin, edge.end) in best
         total += edge.score if is_best else 0.0
         token = " " * offsets[edge.begin] + "".join(cells[edge.begin : edge.end])
-        note = "" if edge.is_known else "  no token"
+        note = "" if edge.is_known else "  not a token"
         lines.append(
             f"{'* ' if is_best else '  '}{_pad(token, offsets[-1])}  {edge.score:8.3f}{note}"
         )
@@ -213,7 +214,7 @@ def _columns(parts: tuple[bytes, ...]) -> str:
 
 
 def _token_row(tokens: list[bytes], ids: list[int]) -> str:
-    """Return the tokens with their ids, under their columns if they fit."""
+    """Return the tokens with their ids in one line, under their bytes if the columns fit."""
     labels = [f"{render_token(token)} {id}" for token, id in zip(tokens, ids, strict=True)]
     widths = [_COLUMN_WIDTH * len(token) for token in tokens]
     if all(_width(label) < width for label, width in zip(labels[:-1], widths[:-1], strict=True)):

@@ -1,4 +1,4 @@
-"""Encode long texts with NumPy, to the same ids as piece by piece.
+"""Encode long texts with NumPy, to the same ids as if each piece were encoded separately.
 
 There are three steps, each an array operation on all pieces of a chunk of text:
 
@@ -63,11 +63,11 @@ class FastEncoder:
     """
 
     def __init__(self, vocab: Vocab, split_points: SplitPoints | None = None):
-        """Build the piece cache of a vocabulary.
+        """Create an encoder with a cache of all pieces that are one token.
 
         Args:
             vocab: the vocabulary, with one pattern, a key of `fast_pretokenizer.FAST_PATTERNS`.
-            split_points: its split points; None computes them.
+            split_points: the split points of the vocabulary; None computes them.
         """
         (self._pattern,) = vocab.patterns
         self._vocab, self._split_points = vocab, split_points or SplitPoints(vocab)
@@ -180,12 +180,12 @@ class FastEncoder:
 
 
 class PieceCache:
-    """The numbers of all cached pieces, and their ids in one array."""
+    """A cache of encoded pieces: each piece has a number, and one array holds the ids of all."""
 
     EMPTY_PIECE = 0  # the number of the empty piece, which has no ids; used for separators
 
     def __init__(self, tokens: Mapping[bytes, int]):
-        """Create a cache that holds the empty piece and the pieces that are one token."""
+        """Create a cache of the empty piece and the pieces in `tokens`, which are one token."""
         self._table = HashTable(words_per_key=2)
         self._long: dict[bytes, int] = {}
         self._ids = GrowableArray(np.uint32)
@@ -222,7 +222,7 @@ class PieceCache:
         length = np.fromiter(map(len, pieces), np.intp, len(pieces))
         long = np.flatnonzero(length > MAX_KEY_BYTES)
         low, high = _keys(sliding_uint64(b"".join(pieces)), np.cumsum(length) - length, length)
-        low[long] = long + self.size  # a key that no piece has, to use up the number
+        low[long] = long + self.size  # a key that matches no piece, to reserve the number
         high[long] = (MAX_KEY_BYTES + 1) << 56
         self._table.add(low, high)
         self._long.update((pieces[i], self.size + i) for i in long.tolist())
@@ -259,7 +259,7 @@ _MASKS = np.array(
 
 
 def _keys(uint64s: Uint64s, begin: Ints, length: Ints) -> tuple[Uint64s, Uint64s]:
-    """Return the keys of pieces; the key of a piece over MAX_KEY_BYTES is not meaningful."""
+    """Return the keys of pieces; the key of a piece over MAX_KEY_BYTES is arbitrary."""
     low = uint64s.take(begin, mode="clip")
     low &= _MASKS[0].take(length, mode="clip")
     high = uint64s[8:].take(begin, mode="clip")
@@ -408,7 +408,7 @@ class FastDecoder:
     """
 
     def __init__(self, tokens: Mapping[int, bytes], n_vocab: int):
-        """Build the tables of a vocabulary.
+        """Build the arrays of the token bytes of a vocabulary.
 
         Args:
             tokens: id to bytes.
@@ -456,7 +456,7 @@ class FastDecoder:
 def _split_into_blocks(
     texts: Sequence[str], find_cut: Callable[[str, int], int | None]
 ) -> Iterator[list[tuple[list[int], list[str]]]]:
-    """Yield blocks of chunks; a chunk holds parts of texts, and the indices of these texts."""
+    """Yield blocks of chunks: a chunk is a list of text indices and the parts of these texts."""
     block: list[tuple[list[int], list[str]]] = []
     indices: list[int] = []
     parts: list[str] = []

@@ -1,8 +1,8 @@
 """Encode long texts with a vocabulary of characters: `fast_encoder` with other split points.
 
-The texts are split where no token crosses (`character_pairs`), and the segments are looked up in
-the same cache as the pieces of a byte-level vocabulary. Only new segments are merged, or searched
-for the best path (`unigram`).
+The texts are split at positions that no token crosses (`character_pairs`). The segments are cached
+as `fast_encoder` caches pieces, and only new segments are encoded: by merges (`character_bpe`), or
+by the search of the best path (`unigram`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CUT_CHARS = 1 << 10  # the window in which a split point is searched
 
 
 class PieceModel(Protocol):
-    """What encodes a segment: `CharacterBpe` or `Unigram`."""
+    """The interface of a model that encodes segments: `CharacterBpe` or `Unigram`."""
 
     @property
     def vocab(self) -> Vocab | None:
@@ -59,10 +59,11 @@ class FastPieceEncoder(FastEncoder):
         """Create an encoder.
 
         Args:
-            model: what encodes a segment.
-            pairs: the pairs of characters that are adjacent in its tokens.
-            split_before_space: whether no token may cross the position before a space.
-            fused_id: the id of unknown text, of which there is one for each run; None keeps all.
+            model: the model that encodes segments.
+            pairs: the pairs of characters that are adjacent in a token of the model.
+            split_before_space: whether to split before every space.
+            fused_id: the id of unknown characters, if a run of them becomes one id; None keeps
+                one id per character.
         """
         self._model, self._pairs = model, pairs
         self._split_before_space, self._fused_id = split_before_space, fused_id

@@ -84,7 +84,7 @@ def pretokenize_batch(pattern: str, texts: Sequence[str]) -> PieceOffsets:
 
 
 def to_byte_offsets(data: bytes, offsets: Ints, separators: Ints, num_chars: int) -> PieceOffsets:
-    """Return the offsets of pieces in UTF-8.
+    """Convert the offsets of pieces from characters to bytes of UTF-8.
 
     Args:
         data: as in `PieceOffsets`.
@@ -202,7 +202,7 @@ def o200k(classes: Classes, codes: CodePoints) -> Bools | None:
     return start
 
 
-# Rules that several patterns share. Each modifies `start`.
+# Rules that several patterns share. Each rule modifies `start`.
 
 
 def _whitespace(
@@ -244,7 +244,7 @@ def _digits(start: Bools, number: Bools, max_digits: int) -> None:
 
 
 def _contractions(position: Ints, codes: CodePoints, *, fold: bool = True) -> tuple[Ints, Ints]:
-    """Return the apostrophes that begin 's 't 're 've 'm 'll or 'd, and the ends of these."""
+    """Return the positions of apostrophes that begin 's 't 're 've 'm 'll 'd, and their ends."""
     a, b = (
         codes[position + 1].astype(np.intp),
         codes.take(position + 2, mode="clip").astype(np.intp),
@@ -378,13 +378,14 @@ def _concat_aranges(lengths: Ints) -> Ints:
 
 
 class FastPattern(NamedTuple):
-    """The implementation of a split pattern.
+    """The implementation of a split pattern with arrays.
 
     Attributes:
-        kind_classes: the class of each of LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK and
-            NEWLINE in this pattern.
-        find_starts: function of classes and characters that returns whether a piece begins at each
-            character, or None if the regex engine is needed.
+        kind_classes: the classes that this pattern assigns to LOWER, UPPER, CASELESS, MARK, NUMBER,
+            OTHER, BLANK and NEWLINE, in this order; a pattern that ignores case assigns WORD to
+            the first three.
+        find_starts: function of classes [n] and characters [n] that returns a mask [n], True where
+            a piece begins, or None if the regex engine is needed.
     """
 
     kind_classes: tuple[int, ...]
@@ -408,7 +409,7 @@ FAST_PATTERNS = {
 
 @functools.cache
 def _kind_table() -> Classes:
-    """Return, for every character, its index in `FastPattern.kind_classes` [0x110000]."""
+    """Return the index in `FastPattern.kind_classes` of every character [0x110000]."""
     characters = np.arange(0x110000, dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")
     table = np.full(0x110000, _KINDS.index(OTHER), np.uint8)
     for value, members in {

@@ -1,9 +1,9 @@
 """Array-based containers: growable arrays, and a hash table that looks up many keys at once.
 
 A key is one or two numbers of 64 bits. The table numbers keys in the order of insertion; its slots
-hold these numbers. The hash of a key selects two adjacent slots, and the key is stored in the first
-free one. The few keys that find both slots occupied are stored in a dict and looked up one by one,
-which costs less than more passes over the arrays.
+store these numbers. The hash of a key selects two adjacent slots, and the key is stored in the
+first free slot. The few keys for which both slots are occupied are stored in a dict and looked up
+one by one, which costs less than more passes over the arrays.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class HashTable:
         return number
 
     def add(self, *keys: Uint64s) -> None:
-        """Add keys that differ from each other and from those in the table.
+        """Add keys, which must differ from each other and from the keys in the table.
 
         Args:
             keys: one array [n] for each word of a key.
@@ -102,7 +102,7 @@ class HashTable:
         return total.view(np.intp)
 
     def _mismatches(self, number: Ints, keys: tuple[Uint64s, ...]) -> Ints:
-        """Return the indices at which `number` belongs to a different key."""
+        """Return the indices at which `number`, a slot's content, belongs to a different key."""
         differs = number >= 0
         equal = [stored == key for stored, key in zip(self._keys.take(number).T, keys, strict=True)]
         differs &= ~functools.reduce(operator.and_, equal)
@@ -113,7 +113,7 @@ _FACTORS = np.array([0x9E3779B97F4A7C15, 0xD1B54A32D192ED03], np.uint64)  # any 
 
 
 def sliding_uint64(data: bytes) -> Uint64s:
-    """Return, for each offset, the 8 bytes from there as a little-endian number [len(data) + 9].
+    """Return the 8 bytes from each offset as a little-endian number [len(data) + 9] (uint64).
 
     The data is padded with zeros.
     """

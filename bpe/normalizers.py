@@ -1,8 +1,9 @@
-"""Normalize text before it is tokenized: the steps of SentencePiece and of `tokenizer.json`.
+"""Normalize text before it is tokenized: the normalizers of SentencePiece and `tokenizer.json`.
 
-A step is a function from a text, and the position of the text (`encoding.Position`), to a text.
-`sequence` joins steps. Only steps that put a space before the first word depend on the position.
-The steps of `tokenizers` are described in its documentation under "Normalizers".
+A normalizer (`Step`) is a function of a text and its position (`encoding.Position`) that returns
+the normalized text. `sequence` joins several normalizers into one. Only those that put a space
+before the first word depend on the position. The normalizers of a `tokenizer.json` are described in
+the documentation of `tokenizers` under "Normalizers".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Step = Callable[[str, str], str]
 
 @dataclass(frozen=True)
 class Sequential:
-    """Several steps, one after the other."""
+    """Apply several normalizers, one after the other."""
 
     steps: tuple[Step, ...]
 
@@ -74,11 +75,12 @@ class SentencePieceNormalizer:
 
     Attributes:
         charsmap: the replacements of characters, or None.
-        kept: texts that are not changed, because they are user-defined tokens.
+        kept: texts that the charsmap does not change, because they are user-defined tokens.
         add_dummy_prefix: whether to put a space before a text.
-        after_tokens: whether to do so also for a text after an added token.
-        remove_extra_whitespaces: whether to remove spaces at both ends and repeated ones.
-        whitespace_as_suffix: whether the space is put after a text instead.
+        after_tokens: whether `add_dummy_prefix` also applies to a text after an added token.
+        remove_extra_whitespaces: whether to remove spaces at both ends, and all but one of
+            repeated spaces.
+        whitespace_as_suffix: whether the space of `add_dummy_prefix` is put after a text instead.
     """
 
     charsmap: Charsmap | None = None
@@ -178,7 +180,7 @@ class Precompiled:
 
 @dataclass(frozen=True)
 class Nmt:
-    """Remove control characters and write other whitespace as spaces."""
+    """Remove control characters and replace other whitespace by spaces (`Nmt` of tokenizers)."""
 
     def __call__(self, text: str, position: str) -> str:
         """Return the normalized text."""
@@ -208,5 +210,5 @@ _TO_SPACE = {ord(character): " " for character in WHITESPACE}
 
 
 def sequence(steps: Sequence[Step]) -> Step:
-    """Return one step for several, or for none."""
+    """Return one normalizer that applies all `steps`; without steps, it changes nothing."""
     return steps[0] if len(steps) == 1 else Sequential(tuple(steps))

@@ -5,8 +5,8 @@
     >>> bpe.encoding_for_model("gpt-4o").name
     'o200k_base'
 
-OpenAI publishes each vocabulary as a `.tiktoken` file (MIT license). `data/` holds the tokens in
-the order of their ranks as an LZMA-compressed file: first the lengths of all tokens, one byte each,
+OpenAI publishes each vocabulary as a `.tiktoken` file (MIT license). `data/` has the tokens in the
+order of their ranks as an LZMA-compressed file: first the lengths of all tokens, one byte each,
 then the concatenated bytes. `save.tiktoken_lines` restores OpenAI's file exactly, which the tests
 check with tiktoken. Seven names share three files: the tokens of GPT-2 are the first ones of
 p50k_base, which adds runs of spaces for code.
@@ -44,7 +44,8 @@ class EncodingSpec:
         file: the name of the file in data/, without its suffix.
         num_tokens: the number of tokens to take from the beginning of the file.
         special_tokens: text to id.
-        skipped_rank: the rank that no token of the file has, or None.
+        skipped_rank: the rank that no ordinary token has, because a special token has this id; or
+            None.
     """
 
     pattern: str
@@ -54,7 +55,7 @@ class EncodingSpec:
     skipped_rank: int | None = None
 
 
-# The SHA-256 of the files that OpenAI publishes. Another file with such a name is damaged.
+# The SHA-256 of the files that OpenAI publishes, by name without suffix.
 TIKTOKEN_SHA256 = {
     "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
     "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
@@ -162,13 +163,13 @@ def list_encoding_names() -> list[str]:
 
 @functools.cache
 def get_encoding(name: str) -> Encoding:
-    """Return the encoding of a name; the same object on every call.
+    """Return the encoding with a name; every call returns the same object.
 
     Raises:
-        ValueError: if there is no such encoding, or its data file is damaged.
+        ValueError: if there is no encoding with this name, or its data file is damaged.
     """
     if not isinstance(name, str):
-        raise ValueError(f"the name of an encoding must be a string, not {name!r}")
+        raise ValueError(f"the name of an encoding must be a string, got {name!r}")
     if (spec := ENCODING_SPECS.get(name)) is None:
         raise ValueError(f"unknown encoding {name!r}; choose one of {', '.join(ENCODING_SPECS)}")
     encoding = Encoding(
@@ -182,7 +183,7 @@ def get_encoding(name: str) -> Encoding:
 
 
 def encoding_name_for_model(model: str) -> str:
-    """Return the name of the encoding of an OpenAI model.
+    """Return the name of the encoding that an OpenAI model uses.
 
     Raises:
         KeyError: if the model is unknown.
@@ -199,7 +200,7 @@ def encoding_name_for_model(model: str) -> str:
 
 
 def encoding_for_model(model: str) -> Encoding:
-    """Return the encoding of an OpenAI model.
+    """Return the encoding that an OpenAI model uses.
 
     Raises:
         KeyError: if the model is unknown.

@@ -1,10 +1,10 @@
 """Add a tokenizer's special tokens around a text, or around a pair of texts.
 
 An encoder reads `[CLS] text [SEP]`, and a cross-encoder `[CLS] question [SEP] document [SEP]`. The
-post-processor of a `tokenizer.json` says which tokens a model was trained with, and the type of
-each: BERT tells the two texts of a pair apart by it. The kinds are those of Hugging Face's
-`tokenizers`: `BertProcessing`, `RobertaProcessing`, `TemplateProcessing`, and a `Sequence` with one
-of them; `formats/post_processor.py` reads them.
+post-processor of a `tokenizer.json` says which special tokens a model was trained with, and the
+type of each token, by which BERT distinguishes the two texts of a pair. The supported
+post-processors of Hugging Face's `tokenizers` are `BertProcessing`, `RobertaProcessing`,
+`TemplateProcessing`, and a `Sequence` with one of these; `formats/post_processor.py` reads them.
 """
 
 from __future__ import annotations
@@ -15,23 +15,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Slot:
-    """A part of a template: the ids of special tokens, or the place of a text."""
+    """A part of a template: special tokens, or the position of a text.
+
+    Attributes:
+        ids: the ids of the special tokens; empty for a text.
+        text: "A" for the first text, "B" for the second, None for special tokens.
+        type_id: the type of the tokens of this part.
+    """
 
     ids: tuple[int, ...]
-    text: str | None = None  # "A" or "B"
+    text: str | None = None
     type_id: int = 0
 
 
 @dataclass(frozen=True)
 class PostProcessor:
-    """The templates of a text and of a pair.
+    """The templates that place special tokens around a text, and around a pair of texts.
 
     Attributes:
-        single: one slot for the text "A", and special tokens.
-        pair: one slot for "A" and a later one for "B", and special tokens.
+        single: the template of one text: a slot for the text "A", and special tokens.
+        pair: the template of a pair: a slot for "A", a later slot for "B", and special tokens.
 
     Raises:
-        ValueError: a template lacks a text, or has one twice.
+        ValueError: if a template lacks a text, or has one twice.
     """
 
     single: tuple[Slot, ...] = (Slot((), "A"),)
@@ -41,16 +47,16 @@ class PostProcessor:
         for template, texts in ((self.single, ["A"]), (self.pair, ["A", "B"])):
             found = [slot.text for slot in template if slot.text is not None]
             if found != texts:
-                raise ValueError(f"a template must have the texts {texts} in this order: {found}")
+                raise ValueError(f"expected a template with the texts {texts}, got {found}")
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """Return the ids before a single text."""
+        """The ids of the special tokens before a single text."""
         return _ids(self.single[: self._index])
 
     @property
     def suffix(self) -> tuple[int, ...]:
-        """Return the ids after a single text."""
+        """The ids of the special tokens after a single text."""
         return _ids(self.single[self._index + 1 :])
 
     @property
@@ -58,7 +64,7 @@ class PostProcessor:
         return next(i for i, slot in enumerate(self.single) if slot.text)
 
     def process(self, ids: Sequence[int], max_length: int | None = None) -> list[int]:
-        """Return a text with its special tokens.
+        """Return the ids of a text with the special tokens around it.
 
         Args:
             ids: the ids of the text.
@@ -73,13 +79,13 @@ class PostProcessor:
     def process_pair(
         self, first: Sequence[int], second: Sequence[int], max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
-        """Return a pair with its special tokens, and the type of each token.
+        """Return the ids of a pair of texts with special tokens, and the type of each token.
 
         Args:
             first: the ids of the first text.
             second: the ids of the second text.
-            max_length: the maximum number of ids; of texts that are too long, the longer one is
-                cut until both have equal length, and then both are.
+            max_length: the maximum number of ids. If the texts are too long, the end of the longer
+                text is cut off until both have equal length, and then the end of both.
 
         Raises:
             ValueError: if `max_length` is too small for the special tokens.
@@ -108,7 +114,7 @@ def truncate_pair(
 
 
 def bert_processor(cls: int, sep: int) -> PostProcessor:
-    """Return BERT's: [CLS] A [SEP], and [CLS] A [SEP] B [SEP] with type 1 after the first [SEP]."""
+    """Return BERT's templates: [CLS] A [SEP], and [CLS] A [SEP] B [SEP] with type 1 from B on."""
     single = (Slot((cls,)), Slot((), "A"), Slot((sep,)))
     return PostProcessor(single, (*single, Slot((), "B", 1), Slot((sep,), None, 1)))
 
@@ -118,7 +124,7 @@ def _ids(slots: Sequence[Slot]) -> tuple[int, ...]:
 
 
 def _limit(max_length: int | None, num_special: int) -> int | None:
-    """Return the maximum number of ids of texts among `max_length` ids."""
+    """Return how many of `max_length` ids the special tokens leave for the texts."""
     if max_length is not None and max_length < num_special:
         raise ValueError(
             f"max_length={max_length} is less than the number of special tokens, {num_special}"

@@ -1,4 +1,4 @@
-"""Read the wire format of protocol buffers, as far as `tokenizer.model` needs it.
+"""Read the wire format of protocol buffers, as far as a `tokenizer.model` uses it.
 
 A message is a sequence of fields. A field is a tag (its number times 8, plus a wire type), and a
 value: an integer of variable length (type 0), 8 bytes (1), a length and that many bytes (2: a
@@ -25,7 +25,7 @@ def read_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         tag, offset = _read_varint(data, offset)
         number, wire_type = tag >> 3, tag & 7
         if number == 0:
-            raise ValueError(f"field number 0 at offset {offset}")
+            raise ValueError(f"expected a field number from 1 on, got 0 before offset {offset}")
         if wire_type == _VARINT:
             value, offset = _read_varint(data, offset)
             yield number, value
@@ -35,9 +35,15 @@ def read_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif wire_type in (_FIXED64, _FIXED32):
             size = 8 if wire_type == _FIXED64 else 4
         else:
-            raise ValueError(f"wire type {wire_type} of field {number} at offset {offset}")
+            raise ValueError(
+                f"expected wire type 0, 1, 2 or 5, got {wire_type} for field {number} before "
+                f"offset {offset}"
+            )
         if offset + size > len(data):
-            raise ValueError(f"field {number} at offset {offset} has {size} bytes, past the end")
+            raise ValueError(
+                f"field {number} at offset {offset} has {size} bytes, but the message ends after "
+                f"{len(data) - offset}"
+            )
         yield number, data[offset : offset + size]
         offset += size
 

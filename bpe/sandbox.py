@@ -65,7 +65,7 @@ _GLOBALS = ("range", "dict", "cycler", "joiner")  # not `lipsum`, which generate
 
 
 class _Meter:
-    """The remaining budget of one rendering."""
+    """The remaining budget of one rendering: total size of values, and processor time."""
 
     def __init__(self) -> None:
         self._remaining = MAX_TOTAL
@@ -74,9 +74,9 @@ class _Meter:
     def spend(self, size: int) -> None:
         self._remaining -= size
         if self._remaining < 0:
-            raise ValueError(f"it creates more than {MAX_TOTAL} characters in total")
+            raise ValueError(f"its values have more than {MAX_TOTAL} characters in total")
         if time.thread_time() > self._deadline:
-            raise ValueError(f"it runs for more than {MAX_SECONDS:g} s")
+            raise ValueError(f"it took more than {MAX_SECONDS:g} s")
 
 
 # A context variable, because several threads can render with one environment.
@@ -130,13 +130,13 @@ def spend(value: Any) -> Any:
     """
     _METER.get().spend(value_size(value))
     if isinstance(value, int) and abs(value) >= 1 << 64:
-        raise ValueError("it uses integers of more than 64 bits")
+        raise ValueError("integers of more than 64 bits are not available in chat templates")
     return value
 
 
 def _check_size(total: int) -> None:
     if total > MAX_SIZE:
-        raise ValueError(f"it creates a value of more than {MAX_SIZE} characters")
+        raise ValueError(f"a value has more than {MAX_SIZE} characters")
 
 
 def _concat(parts: Iterable[str]) -> str:
@@ -193,7 +193,7 @@ def _replace_filter(s: Any, old: str, new: str, count: int | None = None) -> str
 def _indent_filter(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     margin = width if isinstance(width, str) else " " * min(width, 64)
     if len(margin) != (len(width) if isinstance(width, str) else width):
-        raise ValueError(f"indent({width}) must be at most 64")
+        raise ValueError(f"expected indent(width) with a width of at most 64, got {width}")
     _check_size(len(s) + (s.count("\n") + 1) * len(margin))
     lines = [margin + line if blank or line else line for line in str(s).split("\n")]
     return "\n".join(lines if first else [str(s).split("\n")[0], *lines[1:]])
@@ -208,7 +208,7 @@ def _tojson(
 ) -> str:
     """Return `x` as JSON, without Jinja's escaping of HTML, as in transformers."""
     if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
-        raise ValueError(f"tojson(indent={indent!r}) must be from 0 to 16")
+        raise ValueError(f"expected tojson(indent) from 0 to 16, got {indent!r}")
     if separators is not None and sum(map(len, separators)) > 8:
         raise ValueError("the separators of tojson must have at most 8 characters")
     return json.dumps(
@@ -313,7 +313,7 @@ class GenerationTag(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """A Jinja environment with the settings of transformers, within the limits of this module."""
+    """A Jinja environment with the settings of transformers and the limits of this module."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
     concat = staticmethod(_concat)  # type: ignore[assignment]
@@ -380,7 +380,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function and spend its result; check the sizes of `replace` and `join` before."""
+        """Call a function and spend its result; limit the size of `replace` and `join` first."""
         if obj is spend:
             return spend(*args)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
@@ -389,10 +389,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return spend(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Evaluate a binary operator, and check the size of the result before."""
+        """Check the size that the result of a binary operator will have, then evaluate it."""
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "**" or (operator == "%" and not numbers):
-            raise ValueError(f"the operator {operator} is not available on these values")
+            raise ValueError(
+                f"the operator {operator} is not available for {type(left).__name__} and "
+                f"{type(right).__name__} in chat templates"
+            )
         if not numbers and operator == "*":
             count, sequence = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(count, int):

@@ -1,8 +1,8 @@
 """Save a vocabulary as a `.tiktoken` file, or as a `tokenizer.json` of Hugging Face.
 
-A `.tiktoken` file holds tokens and ranks only; the split pattern and the special tokens must be
-passed when it is loaded. A `tokenizer.json` is complete. tiktoken, tokenizers and `bpe.load` read
-these files with the same result.
+A `.tiktoken` file has tokens and ranks only; the split pattern and the special tokens must be
+passed when the file is loaded. A `tokenizer.json` is complete. tiktoken, tokenizers and `bpe.load`
+read these files with the same result.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bpe.merge import NO_MERGE, merge
 
 
 def save(encoding: Encoding, path: str | Path) -> None:
-    """Save a vocabulary in the format of the suffix of `path`: `.tiktoken` or `.json`.
+    """Save a vocabulary in the format that the suffix of `path` names: `.tiktoken` or `.json`.
 
     Args:
         encoding: the vocabulary.
         path: the file to write; an existing file is replaced.
 
     Raises:
-        ValueError: if the suffix is another, or the format cannot represent this encoding.
+        ValueError: if the suffix is neither, or the format cannot represent this encoding.
     """
     path = Path(path)
     check_output_path(path)
@@ -45,7 +45,9 @@ def check_output_path(path: Path) -> None:
         ValueError: if the suffix is neither `.tiktoken` nor `.json`.
     """
     if path.suffix not in (".tiktoken", ".json"):
-        raise ValueError(f"{path}: the name must end in .tiktoken or .json")
+        raise ValueError(
+            f"{path}: expected a file name that ends in .tiktoken or .json, got {path.suffix!r}"
+        )
 
 
 def tiktoken_lines(encoding: Encoding) -> str:
@@ -82,7 +84,7 @@ def tokenizer_json(encoding: Encoding) -> str:
     def as_text(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
-    # With "ignore_merges", a token that no merges lead to can still be a piece.
+    # With "ignore_merges", a token that no sequence of merges makes can still be a whole piece.
     pairs = encoding.merges
     if pairs is None:
         pairs = [
@@ -157,13 +159,19 @@ def _check_byte_level(encoding: Encoding) -> None:
     if encoding.unreachable_tokens or any(
         token.lstrip or token.rstrip or token.single_word for token in encoding.added_tokens
     ):
-        raise ValueError(f"{encoding!r} has added tokens with flags, which cannot be saved")
+        raise ValueError(
+            f"{encoding!r} has unreachable tokens, or added tokens with lstrip, rstrip or "
+            "single_word, which cannot be saved; copy the files that it was read from"
+        )
     if texts := [token.content for token in encoding.added_tokens if not token.special]:
-        raise ValueError(f"{encoding!r} has the added token {texts[0]!r}, which cannot be saved")
+        raise ValueError(
+            f"{encoding!r} has the added token {texts[0]!r}, which is not special and cannot be "
+            "saved; copy the files that it was read from"
+        )
 
 
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the merges of a vocabulary of ranks, in order.
+    """Recover the merges of a vocabulary that has ranks only (tiktoken), in order of rank.
 
     Args:
         ranks: token bytes to rank.
@@ -176,7 +184,10 @@ def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         if (pair := _recover_pair(token, ranks)) is not None:
             pairs.append(pair)
         elif len(token) > 1:
-            raise ValueError(f"no merge makes the token {token!r} of rank {ranks[token]}")
+            raise ValueError(
+                f"expected every token to be the result of a merge, but no merge makes {token!r} "
+                f"of rank {ranks[token]}"
+            )
     return pairs
 
 
@@ -231,7 +242,7 @@ def to_oniguruma(pattern: str) -> str:
             f"split pattern {pattern!r}: tokenizers interprets a possessive {{m,n}}+ after a group "
             "differently; write it as an atomic group (?>...)"
         )
-    # Replace $ only; escaped characters and sets are matched as a whole and kept.
+    # Replace $ only; escaped characters and character sets are matched as a whole and unchanged.
     return re.sub(
         r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$",
         lambda match: r"\z" if match.group() == "$" else match.group(),

@@ -1,8 +1,8 @@
 """Encode and decode with the vocabularies of SentencePiece: the class `SentencePiece`.
 
 Kudo and Richardson, "SentencePiece: A simple and language independent subword tokenizer and
-detokenizer for neural text processing" (2018). A text is a sequence of characters, spaces among
-them, which files write as "▁" (U+2581):
+detokenizer for neural text processing" (2018). A text is a sequence of characters that includes its
+spaces; files write a space as "▁" (U+2581). Encoding has three steps:
 
 1. Added tokens are found in the text (`added_tokens`).
 2. The text between them is normalized (`normalizers`): usually, a space is put before it, so that
@@ -11,7 +11,8 @@ them, which files write as "▁" (U+2581):
    probable path (`unigram`: T5, XLM-R). The text is encoded in segments (`character_pairs`).
 
 Decoding concatenates the tokens, and drops the space that was put before the text. A character that
-is no token is encoded as its bytes, so a token may be a part of a character here too.
+is not a token is encoded as its bytes, so a token can be a part of a character, as in byte-level
+vocabularies.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ PreTokenizer = Callable[[str], list[str]]
 class SentencePiece(Encoding):
     """A vocabulary of characters, with the interface of `Encoding`.
 
-    `ranks` holds the ordinary tokens and the bytes; ids are not ranks. `patterns` is empty.
+    `ranks` has the ids of the ordinary tokens and the bytes, which are not ranks of merges.
+    `patterns` is empty.
 
     Attributes:
-        model: what encodes a segment.
+        model: the model that encodes segments: `CharacterBpe` or `Unigram`.
         unk_id: the id of characters without a token and without bytes, or None.
         dummy_prefix: whether a space is put before a text, which decoding drops.
     """
@@ -66,20 +68,20 @@ class SentencePiece(Encoding):
         """Create an encoding.
 
         Args:
-            name: the name in messages.
-            model: what encodes a segment.
-            pieces: ordinary token to id, with spaces as spaces.
+            name: the name of the encoding in error messages.
+            model: the model that encodes segments.
+            pieces: ordinary token to id; a space is written as a space, not as U+2581.
             special_tokens: text to id of the tokens that ordinary text cannot produce.
             added_tokens: as in `Vocab`.
             byte_ids: the id of each byte, or None.
             unk_id: the id of characters without a token, or None.
-            fuse_unk: whether a run of them is one id.
-            normalizer: the steps of the normalization.
-            normalize_added: whether to normalize also the text of added tokens that are matched in
-                normalized text.
+            fuse_unk: whether a run of unknown characters becomes one `unk_id`.
+            normalizer: the normalizer of the text between added tokens.
+            normalize_added: whether `normalizer` also applies to the content of added tokens that
+                are matched in normalized text.
             pre_tokenizer: function that splits a normalized text, or None.
-            metaspace: whether the pre-tokenizer puts a space before a text that has none: "first":
-                at the start of a text, "always": also after an added token; None: never.
+            metaspace: when to put a space before a text that does not begin with one: "first": at
+                the start of a text, "always": also after an added token, None: never.
             split_before_space: whether to split before every space.
             dummy_prefix: whether decoding drops a space at the start.
 
@@ -115,7 +117,7 @@ class SentencePiece(Encoding):
     # Encoding
 
     def normalize(self, text: str) -> str:
-        """Return the text that is encoded, with spaces as spaces, for a text from its start on."""
+        """Return the normalized form of a whole text, without its added tokens."""
         return "".join(item for item in self._items(text, frozenset()) if isinstance(item, str))
 
     def _splitter(self, allowed: AbstractSet[str], normalized: bool = False) -> TokenSplitter:
@@ -178,7 +180,7 @@ class SentencePiece(Encoding):
         return ids
 
     def segments(self, chunk: str) -> list[str]:
-        """Return the segments of a text that are encoded separately."""
+        """Split a normalized text into the segments that are encoded separately."""
         segments = self.pairs.split(chunk)
         if not self._split_before_space:
             return segments
@@ -208,10 +210,13 @@ class SentencePiece(Encoding):
         disallowed_special: Disallowed = "all",
     ) -> tuple[list[int], list[list[int]]]:
         """Raise a ValueError: completions are defined for byte-level vocabularies only."""
-        raise ValueError(f"{self!r} is not byte-level: it has no encode_with_unstable")
+        raise ValueError(
+            f"encode_with_unstable needs a byte-level vocabulary, got {self!r}, a vocabulary of "
+            "characters"
+        )
 
     def encode_piece(self, piece: bytes) -> list[int]:
-        """Encode a normalized text in UTF-8, without the space before it."""
+        """Encode a normalized text, given in UTF-8, without adding a space before it."""
         return self._encode_ordinary(piece.decode())
 
     # Decoding

@@ -3,8 +3,8 @@
 Scripts without spaces have long pieces. A Chinese sentence up to the next comma is one piece, and
 such pieces rarely repeat, so a cache of pieces does not help. But few pairs of Chinese characters
 are adjacent in any token. If no token contains the two characters around a position, no merge can
-cross it, because the merged token would contain them. Therefore the piece can be split there
-without a change of its ids. The resulting segments are short, repeat often, and are cached.
+cross it, because the merged token would contain them. Therefore splitting the piece at this
+position does not change its ids. The resulting segments are short, repeat often, and are cached.
 
 Only characters from U+3000 on are considered: the scripts without spaces, Hangul and emoji. For
 Latin or Cyrillic, nearly every pair of letters is adjacent in some token.
@@ -143,8 +143,9 @@ _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # by n
 def _is_split_safe(vocab: Vocab) -> bool:
     """Return whether splitting a piece at a split point never changes its ids.
 
-    It can change the ids if a segment is a token that no merges lead to, and if bytes of the
-    characters are dropped, so that the characters around them become adjacent.
+    Splitting can change the ids in two cases: with `ignore_merges`, a segment can be a token that
+    no sequence of merges makes; and if bytes of a character are dropped, the characters before and
+    after it become adjacent.
     """
     if vocab.dropped_bytes.translate(None, _SAFE_BYTES):
         return False

@@ -1,7 +1,7 @@
-"""Collect the tokens that end a generation: declared in a model's files, and well-known ones.
+"""Collect the tokens that end a generation: those that a model's files declare, and known ones.
 
-The files of a model often disagree: the tokenizer may declare the end of a text only, and
-generation_config.json also the end of a message. The stop tokens are the union of
+The files of a model often disagree: the tokenizer can declare the end-of-text token only, and
+generation_config.json also the end-of-message token. The stop tokens are the union of
 
 - `eos_token_id` (an id or a list) in generation_config.json and config.json, and `eos_token` (a
   string, or an object with `content`) in tokenizer_config.json and special_tokens_map.json, as
@@ -10,9 +10,9 @@ generation_config.json also the end of a message. The stop tokens are the union 
 - special tokens in `WELL_KNOWN_STOP_TOKENS`, the list of llama.cpp (`llama-vocab.cpp`). An ordinary
   token with the same text is not a stop token: `</s>` is also an HTML end tag.
 
-llama.cpp also stops at the tokens that separate files (`<|file_sep|>`, `<|repo_name|>`). They are
-not stop tokens here, because a prompt of several files may be continued across them. A declared id
-or token that is not in the vocabulary is logged and ignored, because it is never generated.
+llama.cpp also stops at the tokens that separate files (`<|file_sep|>`, `<|repo_name|>`). This
+module does not, because the completion of a prompt of several files can contain them. A declared id
+or token that is not in the vocabulary is logged and ignored, because a model never generates it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ WELL_KNOWN_STOP_TOKENS = {
     "<end_of_utterance>",  # SmolVLM
 }
 
-# If all of the set are special tokens, the other token ends a part of an answer only.
+# If all tokens of the set are special tokens of a vocabulary, the second token only ends a part of
+# an answer, so it is not a stop token.
 _EXCLUSIONS = (
     ({"<|return|>", "<|call|>"}, "<|end|>"),
     ({"<|flush|>", "<|calls|>"}, "<|end|>"),
@@ -64,8 +65,8 @@ def resolve_stop_ids(encoding: Encoding, declared: Iterable[tuple[str, Any]]) ->
 
     Args:
         encoding: the vocabulary.
-        declared: pairs of a name for log messages, and an id, the text of a token, a list of ids
-            and texts, or None.
+        declared: (file and key, value), as from `folder_stop_tokens`; the value is an id, the text
+            of a token, a list of both, or None.
     """
     ids: dict[int, None] = {}  # an ordered set
     for where, value in declared:
@@ -74,7 +75,7 @@ def resolve_stop_ids(encoding: Encoding, declared: Iterable[tuple[str, Any]]) ->
                 continue
             if (id := _resolve_id(encoding, item)) is None:
                 warn_once(
-                    log, f"{where} is {item!r}, which is not in the vocabulary; it is ignored"
+                    log, f"{where}: the vocabulary has no token {item!r}; the value is ignored"
                 )
             else:
                 ids[id] = None
@@ -91,7 +92,7 @@ def well_known_stop_ids(encoding: Encoding) -> frozenset[int]:
 
 
 def folder_stop_tokens(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the declarations of a Hugging Face folder, for `resolve_stop_ids`."""
+    """Yield (file and key, value) for each stop token that a Hugging Face folder declares."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         value = read_optional_json(folder / name).get("eos_token")
         text = value.get("content") if isinstance(value, Mapping) else value
@@ -106,7 +107,7 @@ def folder_stop_tokens(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def gguf_stop_tokens(metadata: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
-    """Yield the declarations of GGUF metadata, for `resolve_stop_ids`."""
+    """Yield (file and key, id) for each stop token that GGUF metadata declares."""
     for name in ("eos", "eot", "eom"):
         key = f"tokenizer.ggml.{name}_token_id"
         if (id := metadata.get(key)) is not None:
@@ -114,10 +115,10 @@ def gguf_stop_tokens(metadata: Mapping[str, Any], source: str) -> Iterator[tuple
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """Return the object of an optional JSON file.
+    """Return the object in an optional JSON file, or an empty dict if the file is missing.
 
-    The result is empty if the file is missing. It is also empty if the file is damaged or does not
-    hold an object, which is logged.
+    If the file is damaged or its value is not an object, a warning is logged and the result is
+    empty as well.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -127,16 +128,16 @@ def read_optional_json(path: Path) -> dict[str, Any]:
         warn_once(log, f"{path} cannot be read and is ignored: {error}")
         return {}
     if not isinstance(content, dict):
-        warn_once(log, f"{path} is ignored: it holds a {type(content).__name__}, not an object")
+        warn_once(log, f"{path} is ignored: expected a JSON object, got {type(content).__name__}")
         return {}
     return content
 
 
 def _drop_texts(where: str, value: Any) -> tuple[str, list[Any]]:
-    """Return a declaration without strings, which are not ids: "2" is also the text of a token."""
+    """Return a declaration without strings: "2" might be an id or the text of a token."""
     items = value if isinstance(value, list) else [value]
     for text in (item for item in items if isinstance(item, str)):
-        warn_once(log, f"{where} is {text!r}, which is a string, not an id; it is ignored")
+        warn_once(log, f"{where}: expected an id (an integer), got the string {text!r}; ignored")
     return where, [item for item in items if not isinstance(item, str)]
 
 

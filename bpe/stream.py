@@ -1,8 +1,9 @@
 """Decode token ids incrementally, and find stop strings across tokens.
 
 A token may end in the middle of a character (an emoji has four bytes, often in two or three
-tokens), and a stop string may begin in one token and end in another. Both classes buffer only text
-that is not decided yet. Their total output does not depend on how the input is divided.
+tokens), and a stop string may begin in one token and end in another. `StreamDecoder` and
+`StopMatcher` buffer only incomplete characters and possible beginnings of stop strings. Their
+concatenated output does not depend on how the input is divided into calls.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class StreamDecoder:
 
         Args:
             encoding: the vocabulary of the tokens.
-            after_prompt: whether the tokens continue a prompt. Then a space at the start is a part
-                of the text; at the start of a text, `encoding` may have put it there.
+            after_prompt: whether the tokens continue a prompt. Then a space at their start belongs
+                to the text. Otherwise the space is removed if `encoding` puts a space before every
+                text (`dummy_prefix`).
         """
         self._encoding = encoding
         self._drops_space = encoding.dummy_prefix and not after_prompt
@@ -75,18 +77,18 @@ class StopMatcher:
                 f"stop_strings must be a sequence of strings, not the string {stop_strings!r}"
             )
         if not all(stop_strings):
-            raise ValueError("a stop string must not be empty")
+            raise ValueError(f"stop strings must not be empty, got {list(stop_strings)}")
         self._stops = tuple(stop_strings)
         self._longest = max(map(len, self._stops), default=0)
         self._buffer = ""
         self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Add `text`.
+        """Add `text`, and return the text that cannot be part of a stop string.
 
         Returns:
-            The text that is decided now, and whether a stop string was found. After a stop string,
-            every call returns `("", True)`.
+            The text to pass on, and whether a stop string was found. After a stop string, every
+            call returns `("", True)`.
         """
         if self._stopped:
             return "", True
@@ -102,7 +104,7 @@ class StopMatcher:
         return text[:safe], False
 
     def flush(self) -> str:
-        """End the text: return the buffered text, an incomplete stop string."""
+        """End the text: return the buffered text, the beginning of an incomplete stop string."""
         text, self._buffer = self._buffer, ""
         return text
 

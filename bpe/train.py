@@ -15,10 +15,10 @@ Ties: of several pairs with the same count, the one with the smallest ids (left,
 merged. Bytes have ids in GPT-2's order, printable bytes first. Hugging Face's `tokenizers` breaks
 ties in the same way, so the same pieces give exactly the same merges.
 
-Two different merges never make the same bytes. As long as no token crosses the ends of a section of
-text, the tokens within it depend on its bytes only. So all sections "low" become one token at the
-same merge, from the same two tokens. Therefore a trained vocabulary can be saved without merges, as
-tiktoken does: the bytes and the rank of each token are sufficient.
+Two different merges never make the same bytes. As long as no token crosses the two ends of a
+section of text, the tokens within the section depend on its bytes only. So all sections "low"
+become one token at the same merge, from the same two tokens. Therefore a trained vocabulary can be
+saved without merges, as tiktoken does: the bytes and the rank of each token are sufficient.
 
 Not implemented: a maximum token length, characters instead of bytes, dropout.
 """
@@ -81,7 +81,9 @@ def learn_merges(
 
 
 def merge_pair(word: Sequence[int], pair: Pair, new: int) -> list[int]:
-    """Return the word with each `pair` replaced by `new`, from left to right.
+    """Return the ids of a word with each occurrence of `pair` replaced by the id `new`.
+
+    Occurrences are replaced from left to right, without overlaps.
 
     >>> merge_pair([5, 7, 7, 7], (7, 7), 300)
     [5, 300, 7]
@@ -105,8 +107,8 @@ def count_pieces(
 ) -> dict[bytes, int]:
     """Split texts into pieces and count them.
 
-    Most pieces repeat: 50 megabytes of English have 12 million pieces, of which 300 thousand are
-    distinct.
+    Training on counts is much faster than on text, because most pieces repeat: 50 megabytes of
+    English have 12 million pieces, of which 300 thousand are distinct.
 
     Args:
         texts: the texts; no piece spans two of them.
@@ -134,7 +136,7 @@ def count_pieces(
 
 
 def build_vocab(merges: Iterable[Pair]) -> dict[bytes, int]:
-    """Return token bytes to id: the 256 bytes, then the token of each merge."""
+    """Return a mapping of token bytes to id: the 256 bytes, then the token of each merge."""
     tokens = [bytes([byte]) for byte in BYTE_ORDER]
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])

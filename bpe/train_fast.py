@@ -1,4 +1,4 @@
-"""Train a byte-pair encoding fast: the same results as `bpe.train`, with arrays and a heap.
+"""Train a byte-pair encoding with arrays and a heap: the same results as `bpe.train`, but faster.
 
 `count_pieces` splits text with `fast_pretokenizer` if it supports the pattern. A piece of up to
 seven bytes and its length form one integer of 64 bits, and equal integers are counted by sorting.
@@ -122,7 +122,7 @@ def learn_merges(
     heap: list[int] = []  # of (-count, pair), as one integer
 
     def add_pairs(pairs: NDArray[np.int64], positions: NDArray[np.int32]) -> None:
-        """Record pairs and their positions, which are sorted."""
+        """Record pairs [n] and the positions [n] of their left tokens, which are sorted."""
         order = np.argsort(pairs, kind="stable")
         pairs, positions = pairs[order], positions[order]
         starts = np.flatnonzero(np.diff(pairs, prepend=-1))
@@ -185,7 +185,10 @@ def learn_merges(
 
 
 def _token_array(counts: Mapping[bytes, int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Return the ids of the bytes of all pieces, with gaps around each, and the count of each."""
+    """Return the token ids of all pieces, with gaps around each piece, and its count per position.
+
+    Both arrays have the shape [positions].
+    """
     length = np.fromiter(map(len, counts), np.int64, len(counts))
     piece = np.repeat(np.arange(len(counts)), length)  # the index of the piece of each byte
     positions = np.arange(len(piece)) + piece + 1
@@ -198,7 +201,7 @@ def _token_array(counts: Mapping[bytes, int]) -> tuple[NDArray[np.int32], NDArra
 
 
 def _every_other(positions: NDArray[np.int32], after: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return every other position of each run like "aaaa", whose pairs do not overlap."""
+    """Return every other position of each run such as "aaaa", so that the pairs do not overlap."""
     index = np.arange(len(positions))
     begins_run = np.ones(len(positions), bool)
     begins_run[1:] = after[positions[:-1]] != positions[1:]

@@ -24,18 +24,18 @@ def train(
     name: str = "trained",
     progress: Progress | None = None,
 ) -> Encoding:
-    """Train a vocabulary.
+    """Train a byte-pair encoding on texts, and return its vocabulary.
 
     Args:
         texts: the texts; no piece spans two of them. `read_files` reads them from files.
         vocab_size: the maximum number of tokens: 256 bytes, the merges, and `special_tokens`. The
             vocabulary is smaller if no more pairs occur `min_frequency` times.
         pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`).
-        special_tokens: the special tokens, which get the last ids. Texts are split at them, so no
-            ordinary token is learned from their text.
+        special_tokens: the special tokens, which get the last ids. Texts are split at special
+            tokens, so that no merge is learned from their characters.
         min_frequency: the minimum count of a pair to be merged.
-        name: the name of the encoding in messages.
-        progress: a callback, see `Progress`.
+        name: the name of the encoding in error messages.
+        progress: a callback, see `train.Progress`.
 
     Raises:
         ValueError: if `vocab_size` is too small for the bytes and special tokens, `min_frequency`
@@ -48,7 +48,7 @@ def train(
             f"and {len(special_tokens)} special tokens"
         )
     if min_frequency < 1:
-        raise ValueError(f"min_frequency={min_frequency} must be at least 1")
+        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
     if "" in special_tokens or len(set(special_tokens)) != len(special_tokens):
         raise ValueError(
             f"special_tokens must be distinct and not empty, got {list(special_tokens)}"

@@ -3,12 +3,13 @@
 Kudo, "Subword Regularization: Improving Neural Network Translation Models with Multiple Subword
 Candidates" (2018); used by T5, XLM-R and multilingual E5. Every token has a probability, whose
 logarithm is its score. The score of a sequence is the sum of the scores of its tokens, and a text
-becomes the sequence of the highest score. All sequences form a lattice: positions between
-characters are its nodes, and tokens its edges. The best path to a position consists of a last token
-and the best path to the position before it, so one pass from left to right finds the best of all.
+becomes the sequence of the highest score. All sequences form a lattice: its nodes are the positions
+between characters, and its edges are tokens. The best path to a position consists of a last token
+and the best path to the position before that token, so one pass from left to right finds the best
+path of the whole text.
 
-A character that is no token is an edge as well: the unknown token, or the bytes of the character,
-with a score below that of every token.
+A character that is not a token is an edge as well: the unknown token, or the bytes of the
+character, with a score below that of every token.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class Edge:
     """A token in the lattice of a text.
 
     Attributes:
-        begin: the position of its first character.
-        end: the position after its last character.
-        score: the logarithm of its probability.
-        is_known: whether it is a token; else an unknown character.
+        begin: the position of the first character.
+        end: the position after the last character.
+        score: the logarithm of the probability of the token.
+        is_known: whether the vocabulary has the token; else the edge is an unknown character.
     """
 
     begin: int
@@ -44,13 +45,13 @@ class Edge:
 
 
 class Unigram:
-    """The scores of a vocabulary.
+    """A Unigram vocabulary: the scores of its tokens, and the search of the best path.
 
     Attributes:
-        pieces: token to id, with spaces as spaces.
-        scores: token to score.
+        pieces: token to id; a space is written as a space, not as U+2581.
+        scores: token to score, the logarithm of its probability.
         unk_score: the score of an unknown character.
-        vocab: None; a vocabulary with merges has one.
+        vocab: None, because there are no merges; see `PieceModel`.
     """
 
     vocab = None
@@ -64,20 +65,22 @@ class Unigram:
         byte_ids: Sequence[int] | None = None,
         lowest_score: float | None = None,
     ):
-        """Prepare the search.
+        """Store the vocabulary and build the table of token prefixes for the search.
 
         Args:
             pieces: token to id.
             scores: token to score.
             unk_id: the id of an unknown character.
-            byte_ids: the id of each byte, to write an unknown character as bytes; or None.
-            lowest_score: the lowest score of the file, if it is not in `scores`.
+            byte_ids: the id of each of the 256 bytes, to encode an unknown character as its bytes;
+                None uses `unk_id`.
+            lowest_score: the lowest score in the vocabulary file; None takes that of `scores`. The
+                score of an unknown character is lower by 10.
         """
         self.pieces, self.scores = dict(pieces), dict(scores)
         self._unk_id, self._byte_ids = unk_id, byte_ids
         lowest = min(scores.values(), default=0.0) if lowest_score is None else lowest_score
         self.unk_score = lowest - _UNK_PENALTY
-        # All beginnings of tokens; None: not a token itself.
+        # The score of every prefix of a token; None: the prefix is not a token.
         self._scores: dict[str, float | None] = dict(scores)
         for piece in self.pieces:
             for n in range(len(piece) - 1, 0, -1):
@@ -86,14 +89,15 @@ class Unigram:
                 self._scores[piece[:n]] = None
 
     def best_path(self, text: str) -> list[tuple[int, int, bool]]:
-        """Return the (begin, end, whether it is a token) of each token of the best path.
+        """Return (begin, end, whether the vocabulary has it) for each token of the best path.
 
-        Of two paths with the same score to a position, the one whose last token is longer counts.
+        Of two paths to a position with the same score, the path with the longer last token is
+        better.
         """
         n, scores, unk_score = len(text), self._scores, self.unk_score
         best = [-np.inf] * (n + 1)
         best[0] = 0.0
-        origin = [-1] * (n + 1)  # where the last token of the best path begins
+        origin = [-1] * (n + 1)  # the position at which the last token of the best path begins
         known = [True] * (n + 1)
         for begin in range(n):
             score_before = best[begin]
@@ -117,7 +121,7 @@ class Unigram:
         return path[::-1]
 
     def lattice(self, text: str) -> list[Edge]:
-        """Return all edges of the lattice of a text, by position."""
+        """Return all edges of the lattice of a text, ordered by `begin`."""
         edges = []
         for begin in range(len(text)):
             found = []
@@ -133,7 +137,7 @@ class Unigram:
         return edges
 
     def encode(self, segment: str) -> list[int]:
-        """Return the ids of a segment."""
+        """Return the ids of a segment of normalized text."""
         ids: list[int] = []
         for begin, end, is_known in self.best_path(segment):
             if is_known:

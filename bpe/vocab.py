@@ -27,10 +27,11 @@ class Vocab:
     """Tokens and their merges; immutable.
 
     Attributes:
-        name: the name in messages.
+        name: the name in error messages.
         ranks: token bytes to id, without the special tokens.
         special_tokens: text to id.
-        added_tokens: the tokens that every text is searched for, and the flags of special tokens.
+        added_tokens: the tokens that are matched in every text, and the special tokens with flags
+            such as `lstrip`.
         max_token_value: the highest id.
         patterns: the split patterns, applied in turn.
         merges: pair of tokens to rank; None if the ids are the ranks.
@@ -57,24 +58,24 @@ class Vocab:
         """Create and check a vocabulary.
 
         Args:
-            name: the name in messages.
+            name: the name in error messages.
             pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`);
                 tiktoken's `pat_str`.
             ranks: token bytes to id; tiktoken's `mergeable_ranks`. Without `merges`, the id is also
                 the rank of the token.
             special_tokens: text to id of the tokens that ordinary text cannot produce.
             merges: the pairs that can be merged, in order of rank.
-            ignore_merges: whether a piece that equals a token becomes this token even if no merges
-                lead to it (Llama 3); used only with `merges`.
+            ignore_merges: whether a piece that equals a token becomes this token even if no
+                sequence of merges makes it (Llama 3); used only with `merges`.
             normalization: the Unicode normalization form to apply first (Qwen2: "NFC"). None leaves
                 the text unchanged; only then does decoding always return the same text.
             dropped_bytes: exactly the bytes without a token in `ranks`, to confirm that they are
                 dropped: SmolLM2 has no token for byte 4, and Hugging Face's tokenizer drops it too.
             explicit_n_vocab: the expected number of tokens, with the ids from 0 on; None or 0 skips
                 this check.
-            added_tokens: the tokens that every text is searched for (`special` is false), and the
-                flags of those tokens of `special_tokens` that have any.
-            unreachable_tokens: id to bytes of tokens that no text becomes, for decoding.
+            added_tokens: the tokens that are matched in every text (`special` is false), and the
+                tokens of `special_tokens` that have flags such as `lstrip`.
+            unreachable_tokens: id to bytes of tokens that encoding never returns, for decoding.
 
         Raises:
             ValueError: if an id is repeated or invalid, a byte has no token, a merge has a pair or
@@ -92,8 +93,8 @@ class Vocab:
         missing = bytes(b for b in range(256) if bytes([b]) not in self.ranks)
         if missing != self.dropped_bytes:
             raise ValueError(
-                f"encoding {name!r}: no token for the bytes {missing!r}, "
-                f"but dropped_bytes is {self.dropped_bytes!r}"
+                f"encoding {name!r}: expected dropped_bytes={missing!r}, the bytes without a "
+                f"token, got {self.dropped_bytes!r}"
             )
         if explicit_n_vocab and not len(self._decoder) == self.n_vocab == explicit_n_vocab:
             raise ValueError(
@@ -105,7 +106,9 @@ class Vocab:
             self.merges = {}
             for pair in merges:
                 if not (pair[0] in self.ranks and pair[1] in self.ranks):
-                    raise ValueError(f"encoding {name!r}: merge {pair} has a part that is no token")
+                    raise ValueError(
+                        f"encoding {name!r}: merge {pair} has a part that is not a token"
+                    )
                 if pair[0] + pair[1] not in self.ranks:
                     raise ValueError(
                         f"encoding {name!r}: the result of the merge {pair} is not a token"
@@ -148,7 +151,7 @@ class Vocab:
 
     @property
     def token_ids(self) -> AbstractSet[int]:
-        """All ids that stand for a token."""
+        """The ids of all tokens: ordinary, special and added tokens."""
         return self._decoder.keys()
 
     @property
@@ -165,7 +168,7 @@ class Vocab:
         return self.merge(piece)
 
     def merge(self, piece: bytes) -> list[int]:
-        """Encode the bytes of one piece by merges only, even if the piece equals a token."""
+        """Encode the bytes of one piece by merges only, even if `ignore_merges` is set."""
         rank = self._rank_of_token if self.merges is None else self._rank_of_pair
         return [self.ranks[token] for token in merge(piece, rank)]
 

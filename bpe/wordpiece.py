@@ -29,7 +29,7 @@ from bpe.special_tokens import special_token_regex
 
 _CACHE_WORDS = 1 << 16  # a full cache is cleared
 
-# The blocks of CJK ideographs, each of which is a word. (In BERT's code the last block but one
+# The blocks of CJK ideographs; every ideograph is a word. (In BERT's code the last block but one
 # begins at U+2B820; in Hugging Face's `tokenizers`, which this module follows, at U+2B920.)
 _IDEOGRAPHS = (
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
@@ -87,7 +87,11 @@ class WordPiece:
         self.vocab = dict(vocab)
         self._id_to_token = {id: token for token, id in self.vocab.items()}
         if len(self._id_to_token) != len(self.vocab):
-            raise ValueError("WordPiece vocabulary: two tokens have the same id")
+            tokens = [token for token, id in self.vocab.items() if self._id_to_token[id] != token]
+            raise ValueError(
+                f"WordPiece vocabulary: the tokens {tokens[0]!r} and "
+                f"{self._id_to_token[self.vocab[tokens[0]]]!r} have the same id"
+            )
         special = dict.fromkeys([unk_token, cls_token, sep_token, *special_tokens])
         if missing := [
             token for token in special if token not in self.vocab and token != pad_token
@@ -133,7 +137,7 @@ class WordPiece:
         Args:
             text: the text.
             max_length: the maximum number of ids, including [CLS] and [SEP]; the end of a longer
-                text is truncated.
+                text is cut off.
             add_special_tokens: whether to add [CLS] and [SEP].
             allowed_special: the special tokens to encode as such where the text contains them, for
                 example [MASK]. The default is all, as in Hugging Face's tokenizers; with an empty
@@ -157,8 +161,8 @@ class WordPiece:
     ) -> tuple[list[int], list[int]]:
         """Encode a pair of texts as [CLS] first [SEP] second [SEP].
 
-        If the texts are too long, the longer text is truncated until both have equal length, and
-        then both are.
+        If the texts are too long, the end of the longer text is cut off until both have equal
+        length, and then the end of both.
 
         Args:
             first: the first text.
@@ -313,7 +317,7 @@ class _CharacterMap(dict[int, str]):
 
 
 def _clean(character: str, *, handle_chinese_chars: bool) -> str:
-    """Return the replacement of a character in the first pass: clean up whitespace and controls."""
+    """Return the replacement of a character in the first pass: whitespace, controls, ideographs."""
     if character in "\t\n\r":
         return " "
     category = unicodedata.category(character)
@@ -328,7 +332,7 @@ def _clean(character: str, *, handle_chinese_chars: bool) -> str:
 
 
 def _fold(character: str, *, lowercase: bool, strip_accents: bool) -> str:
-    """Return the replacement in the second pass: remove accents and case, isolate punctuation."""
+    """Return the replacement of a character in the second pass: accents, punctuation, case."""
     category = _unicode8().get(character)
     if strip_accents and category == "Mn":
         return ""
@@ -340,7 +344,7 @@ def _fold(character: str, *, lowercase: bool, strip_accents: bool) -> str:
 
 @functools.cache
 def _unicode8() -> dict[str, str]:
-    """Return character to category in Unicode 8.0, for the categories Cf, Mn and P."""
+    """Return a mapping of character to Unicode 8.0 category, for the categories Cf, Mn and P."""
     categories = {}
     lines = importlib.resources.files("bpe").joinpath("data/unicode8.txt").read_text("ascii")
     for line in lines.splitlines():

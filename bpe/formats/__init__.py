@@ -2,8 +2,8 @@
 
 Each reader is strict about settings that change the ids. A tokenizer with a wrong setting still
 encodes text, but to ids that the model was not trained on, which is hard to notice. Therefore an
-unsupported setting raises a ValueError with the file and the key. A key that neither `tokenizers`
-nor llama.cpp reads is ignored and logged once.
+unsupported setting raises a ValueError with the file and the key. A key that the reader does not
+know is logged once and ignored.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def load(path: str | Path) -> Tokenizer:
     if path.suffix == ".model":
         return from_tokenizer_model(path)
     if path.suffix == ".tiktoken":
-        # OpenAI's files hold only ranks; the name determines the pattern and the special tokens.
+        # OpenAI's files have only ranks; the name determines the pattern and the special tokens.
         if (expected := TIKTOKEN_SHA256.get(path.stem)) is None:
             raise ValueError(
-                f"{path}: a .tiktoken file holds no split pattern, and the name is none of "
-                f"{', '.join(TIKTOKEN_SHA256)}; call "
+                f"{path}: a .tiktoken file has no split pattern; expected an OpenAI file "
+                f"({', '.join(TIKTOKEN_SHA256)}), got the name {path.stem!r}; for other files call "
                 "bpe.from_tiktoken(path, pattern=..., special_tokens=...)"
             )
         if (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
@@ -71,6 +71,6 @@ def load(path: str | Path) -> Tokenizer:
         spec = ENCODING_SPECS[path.stem]
         return from_tiktoken(path, pattern=spec.pattern, special_tokens=spec.special_tokens)
     raise ValueError(
-        f"{path}: unknown kind of vocabulary; use a .gguf, a .tiktoken, a .model, a "
-        "tokenizer.json, or the folder of one"
+        f"{path}: expected a .gguf, .tiktoken or .model file, a tokenizer.json, or a Hugging Face "
+        f"folder, got a file with the suffix {path.suffix!r}"
     )

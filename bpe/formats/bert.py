@@ -20,7 +20,7 @@ def load_wordpiece(path: str | Path) -> WordPiece:
             `tokenizer_config.json` in the same folder.
 
     Raises:
-        FileNotFoundError: if the file does not exist, or the folder has neither file.
+        FileNotFoundError: if the file does not exist, or the folder has neither of them.
         ValueError: if a file is damaged or has an unsupported setting.
     """
     path = Path(path)
@@ -36,7 +36,8 @@ def load_wordpiece(path: str | Path) -> WordPiece:
     if path.suffix == ".txt":
         return _wordpiece_txt(path)
     raise ValueError(
-        f"{path}: a WordPiece vocabulary must be a .json or .txt file, got {path.suffix!r}"
+        f"{path}: expected a tokenizer.json or a vocab.txt, got a file with the suffix "
+        f"{path.suffix!r}"
     )
 
 
@@ -49,7 +50,7 @@ def _wordpiece_txt(path: Path) -> WordPiece:
     for id, line in enumerate(lines):
         token = line.removesuffix("\r")
         if not token:
-            raise ValueError(f"{path}: line {id + 1} is empty")
+            raise ValueError(f"{path}: expected a token in line {id + 1}, got an empty line")
         if vocab.setdefault(token, id) != id:
             raise ValueError(f"{path}: line {id + 1} repeats {token!r} of line {vocab[token] + 1}")
     config_path = path.with_name("tokenizer_config.json")
@@ -85,7 +86,9 @@ def _wordpiece_json(path: Path) -> WordPiece:
     vocab = get_required(model, "vocab", dict, where)
     for token, id in vocab.items():
         if not isinstance(id, int):
-            raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an integer")
+            raise ValueError(
+                f"{where}: expected an integer for vocab[{token!r}], got {short_repr(id)}"
+            )
 
     normalizer, where = get_required(spec, "normalizer", dict, str(path)), f"{path}: normalizer"
     get_one_of(normalizer, "type", ["BertNormalizer"], where)
@@ -126,7 +129,11 @@ def _wordpiece(vocab: Mapping[str, int], where: str, **options: Any) -> WordPiec
 
 
 def _cls_and_sep(spec: Any, where: str) -> tuple[str, str]:
-    """Return the tokens that the post-processor adds before and after a text."""
+    """Return the tokens that a post-processor with BERT's templates adds before and after a text.
+
+    Raises:
+        ValueError: if `spec` has other templates.
+    """
     match spec:
         case {"type": "BertProcessing", "cls": [str(cls), int()], "sep": [str(sep), int()]}:
             return cls, sep
@@ -146,4 +153,6 @@ def _cls_and_sep(spec: Any, where: str) -> tuple[str, str]:
             ],
         } if cls == cls2 and sep == sep2 == sep3:
             return cls, sep
-    raise ValueError(f"{where}: {short_repr(spec)} is not supported")
+    raise ValueError(
+        f"{where}: expected BERT's [CLS] A [SEP] and [CLS] A [SEP] B [SEP], got {short_repr(spec)}"
+    )

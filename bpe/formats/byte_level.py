@@ -42,10 +42,10 @@ def from_byte_level(
     where: str,
     added_tokens: Sequence[AddedToken] = (),
 ) -> Encoding:
-    """Build an encoding whose tokens are written with GPT-2's characters for bytes.
+    """Build an encoding from tokens that are written with GPT-2's characters for bytes.
 
     Args:
-        name: the name of the encoding in messages.
+        name: the name of the encoding in error messages.
         tokens: token to id, without the special tokens.
         special_tokens: text to id.
         merges: pairs of tokens, in order of rank.
@@ -56,8 +56,8 @@ def from_byte_level(
         added_tokens: as in `Vocab`.
 
     Raises:
-        ValueError: if a byte is missing, a merge is not a pair of
-            tokens, or `Vocab` rejects the arguments.
+        ValueError: if a byte has no token, a merge is not a pair of tokens, or `Vocab` rejects the
+            arguments.
     """
     char_to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
     token_bytes: dict[str, bytes] = {}
@@ -70,7 +70,9 @@ def from_byte_level(
     ranks = {data: tokens[token] for token, data in token_bytes.items()}
     dropped = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
     if missing := dropped.translate(None, _OPTIONAL_BYTES):
-        raise ValueError(f"{where}: no token for the bytes {missing!r}")
+        raise ValueError(
+            f"{where}: expected a token for every byte, but there is none for {missing!r}"
+        )
 
     pairs: list[tuple[bytes, bytes]] = []
     for i, merge in enumerate(merges):
@@ -79,7 +81,8 @@ def from_byte_level(
                 pairs.append((token_bytes[left], token_bytes[right]))
             case _:
                 raise ValueError(
-                    f"{where}: merge {i}, {short_repr(merge)}, does not join two tokens"
+                    f"{where}: expected two tokens of the vocabulary for merge {i}, got "
+                    f"{short_repr(merge)}"
                 )
     try:
         return Encoding(
@@ -99,9 +102,9 @@ def from_byte_level(
 
 
 def is_plain_text(token: str) -> bool:
-    """Return whether an added token that is not special is text without markup.
+    """Return whether an added token that its file does not declare as special is plain text.
 
-    Such a token is matched in every text: the runs of spaces in GPT-NeoX. Markup, such as
+    A plain-text token is matched in every text: the runs of spaces in GPT-NeoX. Markup, such as
     `<tool_call>`, structures a conversation, so user text must not produce it.
     """
     return token.isspace() or not any(mark in token for mark in "<>[]{}|｜")

@@ -1,4 +1,7 @@
-"""Check the structure of files: each error has the file, the key, the value and valid values."""
+"""Read and check values of JSON files and GGUF metadata.
+
+Every error names the file and the key, what was expected, and the value.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ log = logging.getLogger(__name__)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        ValueError: if the file is not JSON in UTF-8, or does not hold an object.
+        ValueError: if the file is not JSON in UTF-8, or its value is not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -42,21 +45,21 @@ def get_required(mapping: Any, key: str, kind: type, where: str) -> Any:
     """
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind):
-        problem = "missing" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{where}: {key} is {problem}, not a {kind.__name__}")
+        problem = "it is missing" if value is None else f"got {type(value).__name__}"
+        raise ValueError(f"{where}: expected {kind.__name__} for {key}, {problem}")
     return value
 
 
 def get_array(metadata: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """Return an array of GGUF metadata, which is a list or a NumPy array, as a list.
+    """Return an array of GGUF metadata, either a list or a NumPy array, as a list.
 
     Raises:
         ValueError: if the value is missing or has another type.
     """
     value = metadata.get(key)
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
-        problem = "missing" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{where}: {key} is {problem}, not an array")
+        problem = "it is missing" if value is None else f"got {type(value).__name__}"
+        raise ValueError(f"{where}: expected an array for {key}, {problem}")
     return list(value)
 
 
@@ -74,7 +77,10 @@ def get_one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], wher
 
 
 def warn_unknown_keys(mapping: Mapping[str, Any], known: Collection[str], source: str) -> None:
-    """Log unknown keys, once for each set of keys; keys with the value None are not logged."""
+    """Log the keys that are not in `known`, once for each `source` and set of keys.
+
+    Keys with the value None are not logged.
+    """
     unknown = sorted(
         key for key, value in mapping.items() if value is not None and key not in known
     )
@@ -91,15 +97,15 @@ def to_text(value: Any) -> str:
 
 
 def token_text(value: Any, where: str) -> str | None:
-    """Return a token of tokenizer_config.json: a string, or an object with `content`.
+    """Return the text of a token in tokenizer_config.json, or None if the value is None.
 
     Raises:
-        ValueError: if the value is neither of these nor None.
+        ValueError: if the value is neither a string nor an object with a string in `content`.
     """
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where} is {short_repr(value)}, not a string")
+        raise ValueError(f"{where}: expected a string, got {short_repr(value)}")
     return value
 
 

@@ -1,7 +1,8 @@
 """Read a vocabulary from the metadata of a GGUF file, as llama.cpp does (`llama-vocab.cpp`).
 
-`tokenizer.ggml.model` names the kind: "gpt2" is byte-level BPE, "llama" BPE of characters with
-scores (SentencePiece), "gemma4" BPE of characters with a list of merges, and "t5" Unigram.
+`tokenizer.ggml.model` names the algorithm: "gpt2" is byte-level BPE, "llama" is BPE of characters
+with scores (SentencePiece), "gemma4" is BPE of characters with a list of merges, and "t5" is
+Unigram.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _MODELS = {  # values of tokenizer.ggml.model that are not supported
     "none": "no vocabulary",
 }
 
-# Keys of tokenizer.ggml.* that change the ids, with the values that are supported for every kind.
+# Keys of tokenizer.ggml.* that change the ids, with the values that have no effect. Other values
+# are supported only for an algorithm with the key in `_Kind.settings`.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_eos_token": (None, False),
     "add_sep_token": (None, False),
@@ -57,12 +59,12 @@ _UNUSED_KEYS = {"token_type_count"}
 
 
 class _Kind(NamedTuple):
-    """How to read a kind of vocabulary.
+    """The reader of the vocabularies with one value of `tokenizer.ggml.model`.
 
     Attributes:
-        read: function of metadata, tokens, their types, the name and the source that returns the
-            encoding, and the default of `add_bos_token`.
-        settings: the keys of `_NEUTRAL` that it reads.
+        read: function of metadata, tokens, token types, name of the encoding, and name of the file
+            that returns the encoding, and the default of `add_bos_token`.
+        settings: the keys of `_NEUTRAL` that `read` supports.
         add_eos: the default of `add_eos_token`.
     """
 
@@ -89,7 +91,7 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     model = to_text(meta.get(_GGML + "model"))
     kind = _KINDS.get(model)
     if kind is None:
-        kind_name = _MODELS.get(model, "an unknown kind of vocabulary")
+        kind_name = _MODELS.get(model, "an unknown algorithm")
         raise ValueError(
             f"{source}: {_GGML}model is {model!r}, {kind_name}; supported values: "
             + ", ".join(map(repr, _KINDS))
@@ -99,7 +101,8 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     types = [int(t) for t in get_array(meta, _GGML + "token_type", source)]
     if len(tokens) != len(types):
         raise ValueError(
-            f"{source}: {_GGML}tokens has {len(tokens)} items, {_GGML}token_type {len(types)}"
+            f"{source}: expected one {_GGML}token_type for each token, got {len(types)} for "
+            f"{len(tokens)} items of {_GGML}tokens"
         )
     name = to_text(metadata.get("general.name"))
     encoding, add_bos = kind.read(meta, tokens, types, name, source)
@@ -150,7 +153,7 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
 
 
 def _check_keys(meta: Mapping[str, Any], kind: _Kind, source: str) -> None:
-    """Check the settings that this kind of vocabulary does not support, and log unknown keys."""
+    """Reject settings that `kind` does not support, and log unknown keys."""
     for key, values in _NEUTRAL.items():
         if key not in kind.settings:
             get_one_of(meta, _GGML + key, values, source)
@@ -219,11 +222,12 @@ def _read_sentencepiece(
     *,
     model_type: int,
 ) -> tuple[Encoding, bool]:
-    """Read a vocabulary with scores; the dummy prefix follows llama.cpp."""
+    """Read a SentencePiece vocabulary with scores; space-prefix defaults are those of llama.cpp."""
     scores = [float(score) for score in get_array(meta, _GGML + "scores", source)]
     if len(scores) != len(tokens):
         raise ValueError(
-            f"{source}: {_GGML}tokens has {len(tokens)} items, {_GGML}scores {len(scores)}"
+            f"{source}: expected one of {_GGML}scores for each token, got {len(scores)} for "
+            f"{len(tokens)} items of {_GGML}tokens"
         )
     unk_id = meta.get(_GGML + "unknown_token_id")
     add_space = meta.get(_GGML + "add_space_prefix", model_type == BPE)
@@ -248,7 +252,9 @@ def _read_gemma4(
     for i, merge in enumerate(map(to_text, get_array(meta, _GGML + "merges", source))):
         left, separator, right = merge.partition(" ")
         if not separator:
-            raise ValueError(f"{source}: {_GGML}merges[{i}] is {merge!r}, not two tokens")
+            raise ValueError(
+                f"{source}: expected two tokens and a space for {_GGML}merges[{i}], got {merge!r}"
+            )
         merges.append((left, right))
     model = SentencePieceModel(
         pieces=tokens,
@@ -300,7 +306,7 @@ _KINDS = {
 
 
 def read_gguf_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a GGUF file that concerns its tokenizer.
+    """Return the keys `tokenizer.*` and `general.name*` of a GGUF file, with their values.
 
     Raises:
         ModuleNotFoundError: if the package gguf is not installed.

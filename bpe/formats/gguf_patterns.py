@@ -1,9 +1,10 @@
-"""The split patterns behind the names in `tokenizer.ggml.pre` of GGUF files.
+"""The split patterns of the pre-tokenizers that GGUF files name in `tokenizer.ggml.pre`.
 
-The groups are those of llama.cpp (`llama-vocab.cpp`), without groups that add a separator or have
-code of their own (kimi-k2, afmoe). The patterns are those of the original tokenizer.json where
-llama.cpp adapts them to its regex engine. The normalization is not in GGUF files, and llama.cpp
-does not apply it; Hugging Face's tokenizer does, with which the model was trained.
+The groups of names are those of llama.cpp (`llama-vocab.cpp`), without the pre-tokenizers that need
+more than split patterns (kimi-k2, afmoe). Where llama.cpp adapts a pattern to its regex engine, the
+pattern here is that of the original tokenizer.json. GGUF files do not contain the normalization,
+and llama.cpp does not apply it; this module adds it as in the Hugging Face tokenizer with which the
+model was trained.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 
 
 class PreTokenizer(NamedTuple):
-    """The settings behind a name.
+    """The settings of a pre-tokenizer name.
 
     Attributes:
         patterns: the split patterns, applied in turn.
         ignore_merges: as in `bpe.vocab.Vocab`.
         normalization: as in `bpe.vocab.Vocab`.
-        add_bos: the default of `add_bos_token`.
+        add_bos: the value of `tokenizer.ggml.add_bos_token` if a file has no such key.
     """
 
     patterns: tuple[str, ...]
@@ -29,7 +30,7 @@ class PreTokenizer(NamedTuple):
     add_bos: bool = False
 
 
-# The letters with case of DeepSeek's first models.
+# The letters with upper and lower case in the patterns of DeepSeek's first models.
 _CASED_LETTERS = (
     r"A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-"
     r"\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1"

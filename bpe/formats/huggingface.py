@@ -46,10 +46,10 @@ def from_folder(path: str | Path) -> Tokenizer:
     """Read the tokenizer and the chat templates of a model folder.
 
     The tokenizer is a `tokenizer.json`, a `tokenizer.model`, or a `vocab.json` with a `merges.txt`,
-    as in GPT-2; the settings beside it are in `tokenizer_config.json`.
+    as in GPT-2; `tokenizer_config.json` in the same folder has additional settings.
 
     Raises:
-        FileNotFoundError: if there is no `tokenizer.json`.
+        FileNotFoundError: if the folder has none of these files.
         ValueError: if a file is damaged or has an unsupported setting.
     """
     path = Path(path)
@@ -102,7 +102,9 @@ def _spec_of_gpt2_files(path: Path, config: Mapping[str, Any], where: str) -> di
         if not line or (number == 1 and line.startswith("#version")):
             continue
         if len(parts := line.split(" ")) != 2:
-            raise ValueError(f"{merges_path}: line {number} is {short_repr(line)}, not two tokens")
+            raise ValueError(
+                f"{merges_path}: expected two tokens in line {number}, got {short_repr(line)}"
+            )
         merges.append(parts)
     names = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad", "cls", "sep")]
     added = {
@@ -140,7 +142,7 @@ _ROBERTA = (("cls_token", "<s>"), ("sep_token", "</s>"))
 
 
 def from_tokenizer_json(path: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json` without related files, and so without eos and chat template.
+    """Read a `tokenizer.json` without related files: the result has no eos and no chat template.
 
     Raises:
         ValueError: if the file is damaged or has an unsupported setting.
@@ -150,7 +152,7 @@ def from_tokenizer_json(path: str | Path) -> Tokenizer:
 
 
 def from_tokenizer_model(path: str | Path) -> Tokenizer:
-    """Read a `tokenizer.model` of SentencePiece without related files, and so without template.
+    """Read a `tokenizer.model` of SentencePiece without related files: it has no chat template.
 
     Raises:
         ValueError: if the file is damaged or has an unsupported setting.
@@ -171,7 +173,7 @@ def _from_tokenizer_model(
     where = str(path)
     model = parse_model(path.read_bytes(), where)
     added = _config_added_tokens(config, f"{path.with_name('tokenizer_config.json')}")
-    # transformers calls it legacy to put a space also before the text after a special token.
+    # In transformers, "legacy" means that a text after a special token also gets a space before it.
     legacy = get_one_of(config, "legacy", [None, True, False], where) is not False
     encoding = build_encoding(
         model,
@@ -216,7 +218,7 @@ def _config_added_tokens(config: Mapping[str, Any], where: str) -> list[AddedTok
     for id, token in (config.get("added_tokens_decoder") or {}).items():
         item = f"{where}: added_tokens_decoder[{id!r}]"
         if not id.isdecimal():
-            raise ValueError(f"{item}: the key is not an id")
+            raise ValueError(f"{item}: expected a token id as the key")
         flags = {
             key: bool(get_one_of(token, key, [None, False, True], item))
             for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -275,7 +277,7 @@ def _from_tokenizer_json(
         encoding = _byte_level(path, name, spec, ordinary, special, added, merges)
 
     if bos is not None and bos not in special:
-        raise ValueError(f"{path}: the bos_token {bos!r} is not a special token of the vocabulary")
+        raise ValueError(f"{path}: the vocabulary has no special token {bos!r}, the bos_token")
     if eos is None or eos not in special:  # special_tokens_map.json may declare it
         eos = next((text for text in eos_tokens if text in special), eos)
     declared_ids = stop_tokens.resolve_stop_ids(encoding, declared)
@@ -286,7 +288,7 @@ def _from_tokenizer_json(
         chat_template=template,
         named_templates=named,
         bos_id=None if bos is None else special[bos],
-        # Without a declaration in the tokenizer's files, the first one in the model's files.
+        # If no file of the tokenizer declares eos, use the first id that the other files declare.
         eos_id=special.get(eos or "", next(iter(declared_ids), None)),
         add_bos=prefix_token is not None,
         add_eos=suffix_token is not None,
@@ -297,27 +299,37 @@ def _from_tokenizer_json(
 def _tokens_around(
     spec: Any, where: str, vocab: Mapping[str, int]
 ) -> tuple[str | None, str | None]:
-    """Return the tokens that the post-processor adds before and after a text, or None."""
+    """Return the token that the post-processor adds before a text, and the one after it, or None.
+
+    Raises:
+        ValueError: if it adds several tokens, or a token that is not in `vocab`.
+    """
     processor = read_post_processor(spec, where, vocab)
     tokens: list[str | None] = []
     for ids in (processor.prefix, processor.suffix):
         names = [token for token, id in vocab.items() if ids == (id,)]
         if bool(ids) != bool(names):
             raise ValueError(
-                f"{where}: {short_repr(spec)} must add at most one token of the vocabulary before "
-                "a text, and one after it"
+                f"{where}: expected at most one token of the vocabulary before a text, and one "
+                f"after it, got {short_repr(spec)}"
             )
         tokens.append(names[0] if names else None)
     return tokens[0], tokens[1]
 
 
 def _read_vocab(model: Mapping[str, Any], where: str) -> dict[str, int]:
-    """Return token to id; a Unigram vocabulary is a list of tokens and scores."""
+    """Return token to id from a BPE vocabulary, or a Unigram vocabulary, a list of [token, score].
+
+    Raises:
+        ValueError: if an item of the vocabulary is invalid.
+    """
     if get_one_of(model, "type", ["BPE", "Unigram"], where) == "BPE":
         vocab = get_required(model, "vocab", dict, where)
         for token, id in vocab.items():
             if not isinstance(id, int):
-                raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an integer")
+                raise ValueError(
+                    f"{where}: expected an integer for vocab[{token!r}], got {short_repr(id)}"
+                )
         return vocab
     vocab = {}
     for id, item in enumerate(get_required(model, "vocab", list, where)):
@@ -327,7 +339,7 @@ def _read_vocab(model: Mapping[str, Any], where: str) -> dict[str, int]:
                     raise ValueError(f"{where}: {token!r} is vocab[{vocab[token]}] and vocab[{id}]")
             case _:
                 raise ValueError(
-                    f"{where}: vocab[{id}] is {short_repr(item)}, not a token and a score"
+                    f"{where}: expected a token and a score for vocab[{id}], got {short_repr(item)}"
                 )
     return vocab
 
@@ -370,12 +382,15 @@ def _byte_level(
         where=where,
     )
     if encoding.dropped_bytes and model.get("unk_token") is not None:
-        raise ValueError(f"{where}: unk_token for missing bytes is not supported")
+        raise ValueError(
+            f"{where}: unk_token {model['unk_token']!r} is not supported, because the vocabulary "
+            f"has no token for the bytes {encoding.dropped_bytes!r}"
+        )
     return encoding
 
 
 def _check_bpe(model: Mapping[str, Any], where: str) -> None:
-    """Check the settings of a BPE model that only one value of is supported."""
+    """Check the settings of a BPE model for which only one value is supported."""
     get_one_of(model, "dropout", [None, 0, 0.0], where)
     get_one_of(model, "continuing_subword_prefix", [None, ""], where)
     get_one_of(model, "end_of_word_suffix", [None, ""], where)
@@ -405,8 +420,7 @@ def _sentencepiece(
     pre = pipeline.pre_tokenization(spec.get("pre_tokenizer"), escapes, f"{path}: pre_tokenizer")
     if not pre.escapes_spaces:
         raise ValueError(
-            f"{path}: neither the normalizer nor the pre_tokenizer writes spaces as U+2581, which "
-            "is not supported"
+            f"{path}: expected a normalizer or pre_tokenizer that writes spaces as U+2581, got none"
         )
     byte_ids = None
     if get_one_of(model, "byte_fallback", [None, False, True], where):
@@ -463,7 +477,7 @@ def _piece_model(
     byte_ids: Sequence[int] | None,
     where: str,
 ) -> tuple[PieceModel, int | None]:
-    """Return the model, and the id of unknown text."""
+    """Return the model that encodes segments, and the id of unknown characters."""
     from bpe.character_bpe import CharacterBpe
     from bpe.unigram import Unigram
 
@@ -482,7 +496,10 @@ def _piece_model(
             if pieces[piece] != unk_id
         }
         if bad := [piece for piece, score in known.items() if not math.isfinite(score)]:
-            raise ValueError(f"{where}: the score of {bad[0]!r} is not a finite number")
+            raise ValueError(
+                f"{where}: expected a finite number for the score of {bad[0]!r}, got "
+                f"{known[bad[0]]}"
+            )
         known_pieces = {piece: id for piece, id in pieces.items() if id != unk_id}
         return (
             Unigram(known_pieces, known, unk_id=unk_id, byte_ids=byte_ids, lowest_score=lowest),
@@ -500,7 +517,9 @@ def _piece_model(
             case [str(left), str(right)]:
                 pairs.append((left.replace(SPACE_SYMBOL, " "), right.replace(SPACE_SYMBOL, " ")))
             case _:
-                raise ValueError(f"{where}: merges[{i}], {short_repr(merge)}, is not two tokens")
+                raise ValueError(
+                    f"{where}: expected two tokens for merges[{i}], got {short_repr(merge)}"
+                )
     try:
         bpe = CharacterBpe(name, pieces, merges=pairs, byte_ids=byte_ids, unk_id=unk_id)
     except ValueError as error:
@@ -509,9 +528,10 @@ def _piece_model(
 
 
 def read_added(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str) -> list[AddedToken]:
-    """Return the added tokens of a tokenizer.json.
+    """Return the added tokens of a `tokenizer.json`, special or not.
 
-    A token that the file does not declare as special counts as special if it looks like markup.
+    A token that the file does not declare as special is special nevertheless if it looks like
+    markup, so that user text cannot produce it.
 
     Args:
         spec: the content of the file.
@@ -543,7 +563,7 @@ def read_added(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str) ->
 
 
 def _is_ordinary(token: str, merges: Sequence[Any]) -> bool:
-    """Return whether a token is a byte, the result of a merge, or a part of one."""
+    """Return whether a token is a byte, or the result or a part of a merge."""
     return len(token) == 1 or any(
         token in merge or token == "".join(map(str, merge))
         for merge in merges
@@ -552,7 +572,10 @@ def _is_ordinary(token: str, merges: Sequence[Any]) -> bool:
 
 
 def _is_sentencepiece(spec: Mapping[str, Any]) -> bool:
-    """Return whether a tokenizer.json comes from SentencePiece: byte fallback, spaces as U+2581."""
+    """Return whether a `tokenizer.json` describes a vocabulary of characters (SentencePiece).
+
+    Such a vocabulary is a Unigram model, or has byte fallback, or writes spaces as U+2581.
+    """
     model = spec["model"]
     if model.get("type") == "Unigram" or model.get("byte_fallback") is True:
         return True
@@ -567,7 +590,7 @@ def _json_text(value: Any) -> str:
 def read_added_tokens(
     spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str
 ) -> dict[str, int]:
-    """Return the special tokens of a tokenizer.json, text to id.
+    """Return text to id of all added tokens of a WordPiece `tokenizer.json`, which are special.
 
     Args:
         spec: the content of the file.
@@ -600,7 +623,8 @@ def _check_added_ids(special: Mapping[str, int], vocab: Mapping[str, Any], where
     for text, id in special.items():
         if (vocab_id := vocab.get(text, id)) != id:
             raise ValueError(
-                f"{where}: {text!r} is {id} in added_tokens and {vocab_id} in model.vocab"
+                f"{where}: the token {text!r} has the id {id} in added_tokens, and {vocab_id} in "
+                "model.vocab"
             )
         # Two tokens with one id, as in o200k_harmony, are valid only if the vocabulary has both.
         if texts.setdefault(id, text) != text and text not in vocab:

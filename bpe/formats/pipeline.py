@@ -1,8 +1,8 @@
-"""Read the steps of a `tokenizer.json`: normalizers, pre-tokenizers and decoders.
+"""Read the normalizers, pre-tokenizers and decoders of a `tokenizer.json`.
 
-The steps of byte-level vocabularies become split patterns (`bpe.pretokenize`), and those of
-vocabularies of characters the settings of `bpe.sentencepiece`. A step that neither has raises a
-ValueError with the file, the key and the step.
+For a byte-level vocabulary they are converted to split patterns (`bpe.pretokenize`), and for a
+vocabulary of characters to arguments of `bpe.sentencepiece.SentencePiece`. A step that cannot be
+converted raises a ValueError with the file, the key and the step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from bpe.pretokenize import GPT2, SMOLLM, compile_pattern, find_all
 
 
 def steps_of(spec: Any, key: str, where: str) -> list[Any]:
-    """Return the steps of a part of the pipeline; `key` is their name in a Sequence."""
+    """Return the steps of a normalizer, pre-tokenizer or decoder as one flat list.
+
+    Args:
+        spec: one step, a Sequence of steps, or None.
+        key: the key of the steps in a Sequence, for example "normalizers".
+        where: the file and key, for error messages.
+    """
     if spec is None:
         return []
     if isinstance(spec, dict) and spec.get("type") == "Sequence":
@@ -41,10 +47,10 @@ def _unsupported(step: Any, where: str) -> ValueError:
 
 
 def byte_level_normalization(spec: Any, where: str) -> Literal["NFC"] | None:
-    """Return the normalization of a byte-level vocabulary.
+    """Return the Unicode normalization form of a byte-level vocabulary, or None.
 
     Raises:
-        ValueError: if it is neither none nor NFC.
+        ValueError: if the normalizer is neither null nor NFC.
     """
     steps = steps_of(spec, "normalizers", where)
     if not steps:
@@ -66,15 +72,18 @@ def split_patterns(spec: Any, where: str) -> str | list[str]:
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False}:
                 if i != len(steps) - 1:
-                    raise ValueError(f"{where}: ByteLevel is not the last step")
+                    raise ValueError(
+                        f"{where}: expected ByteLevel as the last step, got step {i + 1} of "
+                        f"{len(steps)}"
+                    )
                 if step.get("use_regex", True):
                     patterns.append(GPT2)
                 if patterns == [r"\p{N}", GPT2]:
                     return SMOLLM  # equivalent, in one pass
                 return patterns or [r"[\s\S]+"]
             case {"type": "Split", "behavior": "Removed"}:
-                # The text between matches is what stays; only a pattern that matches all of it can
-                # be isolated instead.
+                # Inverted, this step removes the text between matches. A pattern that matches all
+                # text leaves nothing to remove, so "Isolated" is equivalent.
                 if step.get("invert") is not True:
                     raise _unsupported(step, where)
                 patterns.append(_pattern_of(step, where))
@@ -85,7 +94,7 @@ def split_patterns(spec: Any, where: str) -> str | list[str]:
                 patterns.append(rule.pattern)
             case _:
                 raise _unsupported(step, where)
-    raise ValueError(f"{where}: the last step must be ByteLevel, not {short_repr(steps[-1:])}")
+    raise ValueError(f"{where}: expected ByteLevel as the last step, got {short_repr(steps[-1:])}")
 
 
 # Pre-tokenizers
@@ -93,13 +102,14 @@ def split_patterns(spec: Any, where: str) -> str | list[str]:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Split at the matches of a pattern (`Split` of tokenizers).
+    """A pre-tokenizer that splits at the matches of a pattern (`Split` of tokenizers).
 
     Attributes:
         pattern: the regular expression.
-        behavior: what becomes of a match: "Isolated", "Removed", "MergedWithPrevious",
-            "MergedWithNext" or "Contiguous".
-        invert: whether the text between matches counts as the matches.
+        behavior: how a match is treated: "Isolated" (it is a piece), "Removed",
+            "MergedWithPrevious", "MergedWithNext", or "Contiguous" (adjacent matches are one
+            piece).
+        invert: whether to treat the text between matches as the matches.
     """
 
     pattern: str
@@ -155,7 +165,7 @@ def _checked_pattern(pattern: str, where: str) -> str:
 
 
 def _split_rule(step: Mapping[str, Any], where: str) -> SplitRule:
-    """Return the rule of a pre-tokenizer that splits at a pattern."""
+    """Return the `SplitRule` that is equivalent to a step of a pre-tokenizer."""
     match step:
         case {"type": "Split", "behavior": str(behavior)} if behavior in _BEHAVIORS:
             invert = step.get("invert", False)
@@ -178,12 +188,14 @@ def _split_rule(step: Mapping[str, Any], where: str) -> SplitRule:
 
 @dataclass(frozen=True)
 class PreTokenizers:
-    """Several rules, one after the other, on texts whose spaces are written as spaces.
+    """A sequence of split rules with an optional Metaspace between them.
+
+    Input and output have spaces as spaces; `after` is applied to pieces with spaces as U+2581.
 
     Attributes:
-        before: the rules that see spaces as spaces.
-        after: the rules that see them as U+2581.
-        prefix: whether every piece after `before` gets a space if it has none (Metaspace).
+        before: the rules before Metaspace, which are applied to texts with spaces.
+        after: the rules after Metaspace, which are applied to texts with U+2581 for a space.
+        prefix: whether a space is put before every piece of `before` that begins with none.
         split_before_space: whether to split before every space.
     """
 
@@ -208,17 +220,25 @@ class PreTokenizers:
 
 
 class PreTokenization(NamedTuple):
-    """The settings of `SentencePiece` that a pre-tokenizer gives."""
+    """The arguments of `SentencePiece` that are equivalent to a pre-tokenizer.
+
+    Attributes:
+        pre_tokenizer: as in `SentencePiece`.
+        metaspace: as in `SentencePiece`.
+        split_before_space: as in `SentencePiece`.
+        steps: normalizers to apply after those of the file.
+        escapes_spaces: whether the normalizer or the pre-tokenizer writes spaces as U+2581.
+    """
 
     pre_tokenizer: PreTokenizers | None = None
     metaspace: str | None = None
     split_before_space: bool = False
-    steps: tuple[Step, ...] = ()  # to add to the normalizer
+    steps: tuple[Step, ...] = ()
     escapes_spaces: bool = False
 
 
 def pre_tokenization(spec: Any, escapes_spaces: bool, where: str) -> PreTokenization:
-    """Return the settings of the pre-tokenizers of a vocabulary of characters.
+    """Convert the pre-tokenizers of a vocabulary of characters to arguments of `SentencePiece`.
 
     Args:
         spec: the value of `pre_tokenizer`.
@@ -244,7 +264,7 @@ def pre_tokenization(spec: Any, escapes_spaces: bool, where: str) -> PreTokeniza
         if not isinstance(step, dict):
             raise _unsupported(step, where)
         if has_metaspace and step.get("pattern") == {"String": " "}:
-            continue  # there are no spaces left: Gemma
+            continue  # has no effect, because no spaces are left (Gemma)
         (after if has_metaspace else before).append(_split_rule(step, where))
     words_only = before == [_split_rule({"type": "WhitespaceSplit"}, where)] and not after
     if words_only and metaspace == "always":
@@ -266,7 +286,10 @@ def pre_tokenization(spec: Any, escapes_spaces: bool, where: str) -> PreTokeniza
 
 
 def _metaspace(step: Mapping[str, Any], where: str) -> tuple[str | None, bool]:
-    """Return where a Metaspace puts a space (None: nowhere), and whether it splits."""
+    """Return when a Metaspace puts a space before a text, and whether it splits at spaces.
+
+    The first value is "always", "first" (only at the start of a text), or None for never.
+    """
     if step.get("replacement", SPACE_SYMBOL) != SPACE_SYMBOL:
         raise _unsupported(step, where)
     scheme = step.get("prepend_scheme")
@@ -281,7 +304,10 @@ def _metaspace(step: Mapping[str, Any], where: str) -> tuple[str | None, bool]:
 
 
 def read_normalizers(spec: Any, where: str) -> tuple[list[Step], bool]:
-    """Return the steps of the normalizer, and whether they write spaces as U+2581.
+    """Return the normalizers of a vocabulary of characters, and whether they write U+2581.
+
+    Returns:
+        The normalizers, and whether one of them replaces spaces by U+2581.
 
     Raises:
         ValueError: if a step is not supported, or damaged.

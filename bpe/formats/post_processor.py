@@ -25,7 +25,10 @@ def read_post_processor(spec: Any, where: str, vocab: Mapping[str, int]) -> Post
         steps = get_required(spec, "processors", list, where)
     found = [_read_step(step, where, vocab) for step in steps if not _is_byte_level(step)]
     if len(found) > 1:
-        raise ValueError(f"{where}: {short_repr(spec)} has two steps that add tokens")
+        raise ValueError(
+            f"{where}: expected at most one step that adds tokens, got {len(found)} in "
+            f"{short_repr(spec)}"
+        )
     return found[0] if found else PostProcessor()
 
 
@@ -63,15 +66,15 @@ def _template(slots: list[Any], special: dict[str, Any]) -> tuple[Slot, ...]:
             case {"SpecialToken": {"id": str(token), **rest}}:
                 ids = special[token]["ids"]
                 if not all(isinstance(id, int) and id >= 0 for id in ids):
-                    raise ValueError(f"{token!r} has the ids {ids}")
+                    raise ValueError(f"expected ids from 0 on for {token!r}, got {ids}")
                 result.append(Slot(tuple(ids), None, _type_id(rest)))
             case _:
-                raise ValueError(short_repr(slot))
+                raise ValueError(f"expected a Sequence or a SpecialToken, got {short_repr(slot)}")
     return tuple(result)
 
 
 def _type_id(rest: dict[str, Any]) -> int:
     value = rest.get("type_id", 0)
     if not isinstance(value, int) or value < 0:
-        raise ValueError(f"type_id is {value!r}")
+        raise ValueError(f"expected an integer from 0 on for type_id, got {value!r}")
     return value

@@ -1,7 +1,7 @@
 """Read SentencePiece vocabularies: `tokenizer.model`, and the same data in GGUF metadata.
 
-The fields are those of `sentencepiece_model.proto`. A `tokenizer.model` holds neither a chat
-template nor the special tokens that a model adds; `from_folder` reads them beside it.
+The fields are those of `sentencepiece_model.proto`. A `tokenizer.model` contains neither a chat
+template nor the settings of special tokens; `from_folder` reads them from the files beside it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class SentencePieceModel:
         scores: the score of each piece.
         types: the type of each piece: NORMAL, UNKNOWN, ...
         model_type: UNIGRAM or BPE.
-        special_ids: "bos", "eos", "unk" and "pad" to id; -1: none.
-        precompiled_charsmap: the replacements of characters, may be empty.
+        special_ids: the ids of "bos", "eos", "unk" and "pad"; -1 if there is no such token.
+        precompiled_charsmap: the replacements of characters, see `Charsmap`; empty for none.
         add_dummy_prefix: whether a space is put before a text.
-        remove_extra_whitespaces: whether spaces at both ends and repeated ones are removed.
-        treat_whitespace_as_suffix: whether spaces end words instead of beginning them.
+        remove_extra_whitespaces: whether spaces at both ends, and all but one of repeated spaces,
+            are removed.
+        treat_whitespace_as_suffix: whether a space belongs to the word before it.
     """
 
     pieces: list[str] = field(default_factory=list)
@@ -90,7 +91,7 @@ def parse_model(data: bytes, where: str) -> SentencePieceModel:
 
 def _as_bytes(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError(f"an integer, {value}, where a message is expected")
+        raise ValueError(f"expected a message or string, got the integer {value}")
     return value
 
 
@@ -146,17 +147,18 @@ def build_encoding(
     added_tokens: Sequence[AddedToken] = (),
     merges: Sequence[tuple[str, str]] | None = None,
 ) -> SentencePiece:
-    """Build an encoding.
+    """Build an encoding from the content of a `tokenizer.model`.
 
     Args:
         model: the vocabulary and its settings.
-        name: the name of the encoding in messages.
+        name: the name of the encoding in error messages.
         where: the file and key, for error messages.
         prefix_after_tokens: whether the dummy prefix is added also after special tokens, as in
             llama.cpp and in the "legacy" tokenizers of transformers.
         raw_user_defined: whether user-defined pieces are matched before normalization.
         added_tokens: tokens beyond those of the model, or with flags.
-        merges: the pairs that can be merged, in order of rank; None: the scores give the order.
+        merges: the pairs that can be merged, in order of rank; None: the scores determine the
+            order.
 
     Raises:
         ValueError: if the vocabulary is inconsistent.
@@ -173,7 +175,10 @@ def build_encoding(
             raise ValueError(f"{where}: piece {id} is empty")
         if kind == BYTE:
             if (byte := parse_byte_piece(text)) is None or byte in byte_ids:
-                raise ValueError(f"{where}: piece {id}, {text!r}, has the type of a byte")
+                raise ValueError(
+                    f"{where}: expected a new byte such as '<0x0A>' for piece {id} of the type "
+                    f"BYTE, got {text!r}"
+                )
             byte_ids[byte] = id
             continue
         if kind in (CONTROL, UNKNOWN):
@@ -203,9 +208,12 @@ def build_encoding(
         unk_id = next((id for id, kind in enumerate(model.types) if kind == UNKNOWN), None)
     if byte_ids and len(byte_ids) != 256:
         byte = next(byte for byte in range(256) if byte not in byte_ids)
-        raise ValueError(f"{where}: no piece for the byte 0x{byte:02X}")
+        raise ValueError(
+            f"{where}: expected a piece for each of the 256 bytes, but there is none for "
+            f"0x{byte:02X}"
+        )
     if unk_id is None and not byte_ids:
-        raise ValueError(f"{where}: there is no piece of the type unknown, and none for bytes")
+        raise ValueError(f"{where}: expected pieces of the type UNKNOWN or BYTE, got neither")
     bytes_in_order = [byte_ids[byte] for byte in range(256)] if byte_ids else None
     user_defined = tuple(token.content for token in added.values() if token.normalized)
     try:
@@ -253,16 +261,18 @@ def _build_model(
         return CharacterBpe(name, pieces, merges=pairs, **options)
     scores = {piece: model.scores[id] for piece, id in pieces.items()}
     if bad := [piece for piece, score in scores.items() if not math.isfinite(score)]:
-        raise ValueError(f"the score of {bad[0]!r} is {scores[bad[0]]}, not a finite number")
+        raise ValueError(
+            f"expected a finite number for the score of {bad[0]!r}, got {scores[bad[0]]}"
+        )
     if model.model_type == BPE:
         return CharacterBpe(name, pieces, scores=scores, unused=unused, **options)
     if unk_id is None:
-        raise ValueError("a Unigram vocabulary needs a piece of the type unknown; there is none")
+        raise ValueError("expected a piece of the type UNKNOWN in a Unigram vocabulary, got none")
     return Unigram(pieces, scores, unk_id=unk_id, byte_ids=byte_ids)
 
 
 def parse_byte_piece(text: str) -> int | None:
-    """Return the byte of a piece such as <0x0A>; None if it is another piece."""
+    """Return the byte that a piece such as <0x0A> stands for; None for other pieces."""
     if len(text) != 6 or not text.startswith("<0x") or not text.endswith(">"):
         return None
     try:
@@ -276,7 +286,7 @@ _SPECIAL_LOOKING |= {"<start_of_turn>", "<end_of_turn>"}
 
 
 def looks_special(token: str) -> bool:
-    """Return whether a token that a file does not declare as special is one, as in llama.cpp.
+    """Return whether a token that a file does not declare as special looks like one (llama.cpp).
 
     The turns of a conversation depend on such tokens, so user text must not produce them.
     """

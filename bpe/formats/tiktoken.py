@@ -1,4 +1,4 @@
-"""Read the `.tiktoken` files of OpenAI: lines of a token in base64 and its rank."""
+"""Read the `.tiktoken` files of OpenAI: each line is a token in base64 and its rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bpe.formats.tokenizer import Tokenizer
 def from_tiktoken(
     path: str | Path, *, pattern: str | Sequence[str], special_tokens: Mapping[str, int]
 ) -> Tokenizer:
-    """Read a `.tiktoken` file: lines of a token in base64, a space, and its rank.
+    """Read a `.tiktoken` file: each line is a token in base64, a space, and its rank.
 
     Args:
         path: the file.
@@ -23,7 +23,7 @@ def from_tiktoken(
         special_tokens: text to id.
 
     Raises:
-        ValueError: if the file is damaged, has gaps in its ranks, or lacks a byte.
+        ValueError: if the file is damaged, has gaps in its ranks, or has no token for a byte.
     """
     path = Path(path)
     ranks: dict[bytes, int] = {}
@@ -36,7 +36,9 @@ def from_tiktoken(
             encoded, rank_text = line.split()
             token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
         except (ValueError, binascii.Error):
-            raise ValueError(f"{where} is not 'base64 rank': {line[:80]!r}") from None
+            raise ValueError(
+                f"{where}: expected a token in base64, a space and a rank, got {line[:80]!r}"
+            ) from None
         if token in ranks:
             raise ValueError(
                 f"{where} repeats the token {token!r} of line {rank_lines[ranks[token]]}"
@@ -48,7 +50,8 @@ def from_tiktoken(
         # p50k_base leaves out the id of <|endoftext|>; any other gap is a missing line.
         if rank > 0 and rank - 1 not in rank_lines and rank - 1 not in special_tokens.values():
             raise ValueError(
-                f"{path}: line {number} has the rank {rank}, but no line has the rank {rank - 1}"
+                f"{path}: expected consecutive ranks, but line {number} has the rank {rank} and no "
+                f"line has the rank {rank - 1}"
             )
     try:
         encoding = Encoding(path.stem, pattern=pattern, ranks=ranks, special_tokens=special_tokens)

@@ -20,8 +20,8 @@ class Tokenizer:
         named_templates: the other chat templates ("tool_use", "rag"), by name.
         bos_id: the token at the beginning of a text, or None.
         eos_id: the token at the end of a text or message, or None.
-        add_bos: whether to add `bos_id` before plain text. A chat template adds it itself.
-        add_eos: whether to add `eos_id` after a text: encoder models.
+        add_bos: whether to add `bos_id` before plain text; a chat template writes the token itself.
+        add_eos: whether to add `eos_id` after a text, as encoder models expect.
         stop_ids: the tokens that end a generation, see `bpe.stop_tokens`.
     """
 
@@ -42,15 +42,14 @@ def build_chat_templates(
     encoding: Encoding,
     stop_ids: Collection[int],
 ) -> tuple[ChatTemplate | None, dict[str, ChatTemplate]]:
-    """Create chat templates.
+    """Create the chat templates of a model from their Jinja sources.
 
     Args:
         sources: name to Jinja source.
         bos: the token at the beginning of a text, or None.
         eos: the token at the end of a text or message, or None.
         encoding: the vocabulary.
-        add_eos: whether to add `eos_id` after a text: encoder models.
-        stop_ids: the tokens that end a generation.
+        stop_ids: the ids of the tokens that end a generation.
 
     Returns:
         The template "default" or None, and the other templates by name.

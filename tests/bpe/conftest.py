@@ -26,7 +26,10 @@ def models_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def model_file() -> Callable[[str], Path]:
-    """Return the file of a pulled model by id; skip the test if it was not pulled."""
+    """Return a function that finds the GGUF file of a pulled model by id.
+
+    The function skips the test if the model was not pulled.
+    """
 
     def find(id: str) -> Path:
         models = models_folder()
@@ -39,10 +42,11 @@ def model_file() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def load_model(model_file) -> Callable[[str], bpe.Tokenizer]:
-    """Return the tokenizer of a pulled model by id, read once."""
+    """Return a function that loads the tokenizer of a pulled model by id, once per session."""
     return cache(lambda id: bpe.load(model_file(id)))
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict]:
+    """Return a function that reads a JSON file of tests/golden/bpe by name, once per session."""
     return cache(lambda name: json.loads((GOLDEN / f"{name}.json").read_text()))

@@ -210,7 +210,7 @@ def test_spans_with_reasoning_removed_from_earlier_turns():
     assert assistant_texts(template, messages) == ["a<|im_end|>", "<think>s</think>b<|im_end|>"]
 
 
-def test_spans_of_template_requiring_first_message():
+def test_spans_with_template_that_requires_first_message():
     template = ChatTemplate(
         "{% if messages[0].role == 'system' %}{% endif %}"
         "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -258,7 +258,7 @@ def test_span_boundary_within_special_token_raises():
         template.encode_with_assistant_spans(ENCODING, [assistant("")])
 
 
-def test_message_written_not_exactly_once_raises():
+def test_spans_of_message_not_written_exactly_once_raise():
     with pytest.raises(ValueError, match=naming("message 0", 2)):
         ChatTemplate("{{ messages[0].content * 2 }}").assistant_spans([assistant("a")])
     with pytest.raises(ValueError, match=naming("message 0", 0)):
@@ -399,7 +399,7 @@ def test_messages_over_size_limit_are_rejected():
         CHATML.render([user("x" * 5_000_000)])
 
 
-def test_template_after_failed_rendering_renders():
+def test_template_renders_again_after_failed_rendering():
     template = ChatTemplate("{{ messages[0].content * messages[0].times }}")
     with pytest.raises(ValueError, match=naming(MAX_SIZE)):
         template.render([{"content": "a", "times": 10**12}])
@@ -415,5 +415,5 @@ def test_template_after_failed_rendering_renders():
     ],
 )
 def test_template_renders_as_in_transformers(source, text):
-    """Published templates use these: Markup escapes what is added to it, as transformers does."""
+    """Published templates use these filters; text that is added to `safe` text is escaped."""
     assert ChatTemplate(source).render([]) == text

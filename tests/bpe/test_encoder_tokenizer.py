@@ -66,7 +66,7 @@ def test_unsupported_post_processor_is_rejected(spec):
         read_post_processor(spec, "the file: post_processor", {})
 
 
-def test_longer_text_of_a_pair_is_cut_first():
+def test_max_length_cuts_longer_text_of_pair_first():
     processor = read_post_processor(BERT, "file", {})
     long, short = list(range(100, 110)), [200, 201]
     assert processor.process_pair(long, short, 8)[0] == [1, 100, 101, 102, 2, 200, 201, 2]
@@ -76,12 +76,12 @@ def test_longer_text_of_a_pair_is_cut_first():
         processor.process(long, 1)
 
 
-def test_template_without_a_text_is_rejected():
+def test_post_processor_without_slot_for_text_is_rejected():
     with pytest.raises(ValueError):
         PostProcessor((Slot((1,)),))
 
 
-def test_wordpiece_folder_encodes_as_wordpiece(tmp_path):
+def test_wordpiece_folder_gives_ids_of_load_wordpiece(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     peer, ours = load_wordpiece(tmp_path), bpe.load_encoder_tokenizer(tmp_path)
     for text in ("Paris is the capital", "zebra [MASK]!", ""):
@@ -92,7 +92,7 @@ def test_wordpiece_folder_encodes_as_wordpiece(tmp_path):
 
 
 def byte_level_folder(tmp_path, post_processor):
-    """Write a byte-level BPE: 256 bytes and three special tokens."""
+    """Write the tokenizer.json of a byte-level BPE with 256 bytes and three special tokens."""
     alphabet = bpe.formats.bytes_to_unicode()
     vocab = {alphabet[byte]: byte + 3 for byte in range(256)}
     special = {"<S>": 0, "<pad>": 1, "</s>": 2}
@@ -123,11 +123,11 @@ def test_byte_level_folder_adds_the_tokens_of_its_post_processor(tmp_path):
     # Special tokens keep their case.
     lower = bpe.load_encoder_tokenizer(folder, lowercase=True)
     assert lower.encode("AB<S>") == [0, a, a + 1, 0, 2]
-    # Generation reads the token before a text only.
+    # For generation, the token before a text is bos; the token after a text is not used.
     assert bpe.load(folder).bos_id == 0
 
 
-def test_wordpiece_of_gguf_equals_that_of_the_folder(tmp_path):
+def test_gguf_wordpiece_gives_ids_of_vocab_txt(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "bert")

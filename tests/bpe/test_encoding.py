@@ -209,7 +209,7 @@ def pair():
     rng = random.Random(1)
     ranks = {bytes([b]): i for i, b in enumerate(rng.sample(range(256), 256))}
     while len(ranks) < 900:
-        # Some tokens are two earlier tokens, some cannot be reached by merges.
+        # Most tokens are two earlier tokens, concatenated; no sequence of merges makes the others.
         tokens = list(ranks)
         token = rng.choice(tokens[:300]) + rng.choice(tokens)
         if rng.random() < 0.1:

@@ -1,4 +1,4 @@
-"""Explanations: the steps are those of the merge algorithm, and the diagram shows them."""
+"""`bpe.explain`: the merge steps are those of the encoder, and the diagrams show them."""
 
 import pytest
 from hypothesis import given, settings
@@ -12,11 +12,11 @@ from tests.bpe import tiny
 from tests.naming import names
 
 ENCODING = tiny.encoding()
-# A vocabulary of ranks without a list of merges.
+# A vocabulary without a list of merges: the ids are the ranks.
 RANKS = train(["low lower lowest slow slower é é 🙂 🙂"] * 2, vocab_size=300)
 
 
-def test_merge_steps_of_word_list_pairs_and_ranks():
+def test_merge_steps_list_pairs_and_ranks():
     first, second, third = merge_steps(ENCODING, b"lower")
     assert (first.left, first.right, first.rank, first.index) == (b"o", b"w", 0, 1)
     assert first.parts == (b"l", b"ow", b"e", b"r")

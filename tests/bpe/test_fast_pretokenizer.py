@@ -1,4 +1,4 @@
-"""The fast pretokenizer: the same pieces as the split patterns."""
+"""The fast pretokenizer: its pieces are those that the regex engine finds."""
 
 import itertools
 import random

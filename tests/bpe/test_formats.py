@@ -438,7 +438,7 @@ def test_gguf_llama3_adds_bos_and_ignores_merges():
     del meta["tokenizer.ggml.add_bos_token"]
     tokenizer = bpe.from_gguf(meta)
     assert tokenizer.add_bos
-    # In Llama 3, a piece that equals a token becomes this token, without merges.
+    # In Llama 3, a piece that equals a token becomes this token, even without merges for it.
     meta["tokenizer.ggml.merges"] = ["o w"]
     assert bpe.from_gguf(meta).encoding.encode("lo") == [tiny.IDS[b"lo"]]
     meta["tokenizer.ggml.pre"] = "gpt-2"
@@ -673,7 +673,7 @@ def test_folder_with_vocab_json_and_merges_txt_loads(tmp_path, write_json):
 
 @pytest.mark.parametrize("content", ["  ", "low!"])
 def test_added_token_of_plain_text_is_matched_in_every_text(write_json, content):
-    """GPT-NeoX was refused, whose added tokens are runs of spaces."""
+    """Bug: GPT-NeoX was rejected, because its added tokens are runs of spaces."""
     spec = tiny.tokenizer_json()
     token = {"id": 900, "content": content, "special": False, "normalized": True}
     spec["added_tokens"].append(token)

@@ -11,7 +11,7 @@ from bpe.hash_table import GrowableArray, HashTable, concat_ranges, sliding_uint
 @pytest.mark.parametrize("words", [1, 2])
 @pytest.mark.parametrize("spread", [1, 1 << 20, 1 << 44])
 def test_find_returns_numbers_of_added_keys(words, spread):
-    """Use adjacent numbers, and numbers that differ only in high bits."""
+    """The keys are adjacent numbers, or numbers that differ only in high bits."""
     rng = np.random.default_rng(0)
     table, expected = HashTable(words_per_key=words), {}
     for size in (0, 1, 3, 500, 4000, 20_000):

@@ -121,9 +121,9 @@ def test_count_prints_ratios(run, vocab):
     assert status == 0
     assert [line.split() for line in out.splitlines()] == [
         ["5", "tokens"],
-        ["16", "characters", "3.20", "a", "token"],
-        ["4", "words", "0.80", "a", "token"],
-        ["16", "bytes", "3.20", "a", "token"],
+        ["16", "characters", "3.20", "per", "token"],
+        ["4", "words", "0.80", "per", "token"],
+        ["16", "bytes", "3.20", "per", "token"],
     ]
     _, out, _ = run("count", "--vocab", vocab, "--json", "low lower low 12")
     assert json.loads(out) == {

@@ -66,7 +66,7 @@ def test_harmony_special_tokens_cover_all_ids():
     assert len(harmony.decode(range(201088))) > 1_000_000
 
 
-def test_hamburger_matches_openai_guide():
+def test_hamburger_has_tokens_of_openai_guide():
     encoding = bpe.get_encoding("gpt2")
     assert encoding.decode_tokens_bytes(encoding.encode("hamburger")) == [b"ham", b"bur", b"ger"]
     assert len(encoding.encode(" pear")) == 1

@@ -66,7 +66,7 @@ def test_token_without_merge_is_saved(tmp_path):
     assert loaded.encode("whole") == [257]
 
 
-def test_recover_merges_with_parts_of_higher_rank():
+def test_recover_merges_finds_parts_of_higher_rank():
     """The rank of a token may be lower than that of its parts: "abc" is 256, "ab" is 257."""
     ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256, b"ab": 257}
     assert recover_merges(ranks) == [(b"ab", b"c"), (b"a", b"b")]
@@ -158,7 +158,7 @@ def test_named_encodings_match_tokenizers(name, texts):
 
 @pytest.mark.parity
 def test_random_vocabularies_match_tokenizers():
-    """Random tokens in random order; some of them cannot be reached by merges."""
+    """The tokens are random and in random order; no sequence of merges makes some of them."""
     tokenizers = pytest.importorskip("tokenizers")
     for seed in range(100):
         rng = random.Random(seed)

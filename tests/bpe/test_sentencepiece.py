@@ -1,4 +1,4 @@
-"""Vocabularies of SentencePiece: the ids and texts of sentencepiece and tokenizers."""
+"""SentencePiece vocabularies: ids and texts equal those of sentencepiece and tokenizers."""
 
 import base64
 import json
@@ -55,7 +55,7 @@ def test_tokenizer_model_matches_sentencepiece(load_model, name):
         found = encoding.encode(text, allowed_special=user_defined, disallowed_special=())
         if not isinstance(encoding.model, Unigram) or found == ids:
             assert found == ids, text
-        else:  # sentencepiece adds scores in float32, so it cannot tell close paths apart
+        else:  # sentencepiece adds scores in float32, so it can choose a path of almost equal score
             scores = [sum(map(score_of(encoding), path)) for path in (found, ids)]
             assert scores[0] == pytest.approx(scores[1], abs=1e-4)
         if encoding.unk_id not in ids and "\u2581" not in text:
@@ -78,7 +78,7 @@ def test_tokenizer_json_matches_tokenizers(load_layout, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_long_texts_have_the_same_ids(load_model, name):
+def test_fast_encoder_matches_encoding_text_by_text(load_model, name):
     encoding = load_model(name).encoding
     texts = [*TEXTS, "", " ", "a\x00b", "\n" * 50, "no space" * 30]
     assert isinstance(encoding._fast_encoder, FastPieceEncoder)
@@ -95,7 +95,7 @@ def test_long_texts_have_the_same_ids(load_model, name):
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 @given(text=st.text())
 @settings(max_examples=100, deadline=None)
-def test_text_comes_back(load_model, name, text):
+def test_encode_then_decode_returns_the_text(load_model, name, text):
     encoding = load_model(name).encoding
     ids = encoding.encode_ordinary(text)
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -121,7 +121,7 @@ def test_stream_keeps_space_after_prompt_and_joins_bytes(load_model):
 
 
 def test_parts_are_encoded_as_one_text(load_layout):
-    """A dummy prefix was put before every part: llama.cpp and tokenizers only know whole texts."""
+    """Bug: a dummy prefix was put before every part, but tokenizers puts one before the text."""
     for name in ("llama2", "mistral", "phi3"):
         encoding = load_layout(name).encoding
         specials = [t for t in ("[INST]", "<|user|>", "</s>") if t in encoding.special_tokens]
@@ -149,7 +149,7 @@ def test_user_defined_text_is_one_token_and_markup_is_special(load_model):
     assert encoding.encode("<start_of_turn>", allowed_special="all") == [turn]
 
 
-def test_byte_ids_are_known_and_decode(load_model):
+def test_byte_ids_are_token_ids_and_decode_to_bytes(load_model):
     encoding = load_model("llama").encoding
     byte_ids = [encoding.encode_ordinary("\x01")[-1], encoding.encode_ordinary("\U0001f600")[-1]]
     assert set(byte_ids) <= set(encoding.token_ids)
@@ -157,7 +157,7 @@ def test_byte_ids_are_known_and_decode(load_model):
     assert sorted(encoding.token_ids) == list(range(encoding.n_vocab))
 
 
-def test_encoding_pickles(load_model, load_layout):
+def test_pickled_encoding_encodes_the_same(load_model, load_layout):
     for encoding in (load_model("unigram").encoding, load_layout("mistral").encoding):
         ids = encoding.encode_ordinary("low lower")
         assert pickle.loads(pickle.dumps(encoding)).encode_ordinary("low lower") == ids
@@ -180,7 +180,7 @@ def gguf_metadata(tokenizer_model, kind: str, **more) -> dict:
     }
 
 
-def test_gguf_has_the_ids_of_the_tokenizer_model():
+def test_gguf_encodes_to_ids_of_tokenizer_model():
     charsmapped = set("\tA\u030a\nfi\u0660\u0661\uff21\u200b")
     data = base64.b64decode(CONTENT["models"]["llama"]["model"])
     tokenizer = bpe.from_gguf(gguf_metadata(data, "llama"))
@@ -210,7 +210,7 @@ def test_gguf_unigram_adds_eos():
     [
         ("scores", [0.0], ["scores", 1]),
         ("scores", ..., ["scores"]),
-        ("token_type", [1] * 600, ["tokens", "unknown"]),
+        ("token_type", [1] * 600, ["tokens", "UNKNOWN"]),
         ("tokens", ["a"] * 600, ["tokens", "'a'"]),
         ("add_sep_token", True, ["add_sep_token"]),
     ],
@@ -291,12 +291,12 @@ def test_explain_lists_lattice_and_best_path(load_model):
     best = [line for line in lines if line.startswith("* ")]
     assert len(best) == len(ids)
     assert sum(float(line.split()[-1]) for line in best[:-1]) > -1000
-    assert "no token" in best[-1]
+    assert "not a token" in best[-1]
     assert all(str(id) in lines[-1] for id in ids)
     assert explain.explain(encoding, "the")
 
 
-def test_save_refuses_vocabulary_of_characters(tmp_path, load_model):
+def test_save_of_vocabulary_of_characters_is_rejected(tmp_path, load_model):
     for name in ("t.json", "t.tiktoken"):
         with pytest.raises(ValueError, match="SentencePiece"):
             save(load_model("llama").encoding, tmp_path / name)

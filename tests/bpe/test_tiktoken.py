@@ -122,7 +122,7 @@ def test_encode_with_unstable_matches_tiktoken(theirs, name):
 
 
 def test_surrogates_encode_where_tiktoken_raises(theirs):
-    """Its `encode` replaces them, but its `encode_to_numpy` raises; ours return the same ids."""
+    """The method `encode` of tiktoken replaces surrogates; its `encode_to_numpy` raises."""
     text = "a\ud83d\ude00b\ud83d"
     ours, peer = bpe.get_encoding("cl100k_base"), theirs["cl100k_base"]
     assert ours.encode_to_numpy(text).tolist() == ours.encode(text) == peer.encode(text)

@@ -1,4 +1,4 @@
-"""A vocabulary that is small enough to check by hand, in every format."""
+"""A byte-level vocabulary with 11 merges, small enough to check by hand, in several formats."""
 
 import bpe
 from bpe.formats import bytes_to_unicode
