@@ -45,9 +45,9 @@ class PostProcessor:
 
     def __post_init__(self) -> None:
         for template, texts in ((self.single, ["A"]), (self.pair, ["A", "B"])):
-            found = [slot.text for slot in template if slot.text is not None]
-            if found != texts:
-                raise ValueError(f"expected a template with the texts {texts}, got {found}")
+            slot_texts = [slot.text for slot in template if slot.text is not None]
+            if slot_texts != texts:
+                raise ValueError(f"expected a template with the texts {texts}, got {slot_texts}")
 
     @property
     def prefix(self) -> tuple[int, ...]:

@@ -124,16 +124,16 @@ class Unigram:
         """Return all edges of the lattice of a text, ordered by `begin`."""
         edges = []
         for begin in range(len(text)):
-            found = []
+            edges_from_begin = []
             for end in range(begin + 1, len(text) + 1):
                 score = self._scores.get(text[begin:end], _MISSING)
                 if score is _MISSING:
                     break
                 if isinstance(score, float):
-                    found.append(Edge(begin, end, score))
-            if not any(edge.end == begin + 1 for edge in found):
-                found.insert(0, Edge(begin, begin + 1, self.unk_score, is_known=False))
-            edges += found
+                    edges_from_begin.append(Edge(begin, end, score))
+            if not any(edge.end == begin + 1 for edge in edges_from_begin):
+                edges_from_begin.insert(0, Edge(begin, begin + 1, self.unk_score, is_known=False))
+            edges += edges_from_begin
         return edges
 
     def encode(self, segment: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""Decoder transformers as pure functions over trees of arrays: token ids in, logits out.
+"""Transformers as pure functions over trees of arrays: decoders, encoders, and their checkpoints.
 
-Read `decoder.py` first, then `attention.py`, `cache.py`, `sampling.py` and `generate.py`. This
-package handles token ids only; tokenizers are in `bpe`.
+Read `decoder.py` first (token ids in, logits out), then `attention.py`, `cache.py`, `sampling.py`
+and `generate.py`. This package handles token ids only; tokenizers are in `bpe`.
 """
 
 from transformer.config import Config

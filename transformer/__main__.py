@@ -1,12 +1,13 @@
-"""Command line of `transformer.interpret`: attention maps, logit lens, alternatives, head effects.
+"""Inspect a decoder on the command line: attention maps, logit lens, alternatives, head effects.
 
     python -m transformer attention MODEL ID ... --layer 3 -o attention.png
     python -m transformer lens MODEL ID ...
     python -m transformer alternatives MODEL ID ...
     python -m transformer heads MODEL ID ...
 
-MODEL is a GGUF file or a Hugging Face folder, and ID is a token id. The results are printed as
-numbers; with `-o` they are also drawn. `pellucid inspect` does the same for text.
+MODEL is a GGUF file or a Hugging Face folder, and ID is a token id. The results of
+`transformer.interpret` are printed as numbers; `-o` also draws them. `pellucid inspect` takes text
+instead of ids.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ import numpy as np
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
+    """Run the command and return its exit status: 0, or 1 after printing an error.
+
+    Args:
+        argv: The arguments, without the program name; None takes those of the process.
+    """
     args = _parser().parse_args(argv)
     try:
         _run(args)

@@ -1,10 +1,10 @@
-"""Causal attention without a cache: every query against every earlier key, in one product.
+"""Attention without a cache: the scores of all queries and keys in one matrix product.
 
-This is the equation of "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762) with
-grouped key-value heads (Ainslie et al. 2023, arXiv:2305.13245): N query heads share K key heads,
-G = N / K query heads each. It is the reference for the faster implementations of `kernels.attend`
-and for the blockwise attention of `cache.attend`. `interpret` uses it too, because it is the only
-implementation that returns the attention weights.
+`attend` is the equation of "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762) with
+grouped key-value heads (Ainslie et al. 2023, arXiv:2305.13245): N query heads share K key heads, so
+that G = N / K query heads use each key head. The function is the reference for the faster
+implementations of `kernels.attend` and for the blockwise attention of `cache.attend`. `interpret`
+uses it too, because no other implementation returns the attention weights.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ def attend(
         q: Queries, float32 [B, T, N, H].
         k: Keys, float32 [B, T, K, H].
         v: Values, float32 [B, T, K, H].
-        window: Number of positions a query attends to, including its own position. None means all
+        window: Number of positions that a query attends to, including its own. None means all
             positions up to its own.
-        segments: Text number of each position where several texts share a row, int32 [B, T]. A
-            query attends to positions of its own text only. None means one text per row.
+        segments: Number of the text that each position belongs to, if several texts share a row,
+            int32 [B, T]. A query attends to positions of its own text only. None means one text per
+            row.
         softcap: Scores become softcap * tanh(score / softcap) before the softmax (Gemma 2,
             arXiv:2408.00118). None means no cap.
-        is_causal: Whether a query attends to no later position. If not, `window` is the number of
-            positions to either side.
+        is_causal: Whether a query attends to no later position. If False, `window` is the number of
+            positions on either side of the query.
 
     Returns:
-        The attention output [B, T, N, H] and the attention weights [B, N, T, T].
+        The attention output [B, T, N, H] and the attention weights [B, N, T, T], both float32.
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]

@@ -8,10 +8,10 @@ Attention processes the blocks of a row one after another with a running maximum
 (the online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867). It reads only blocks that the
 row has filled, and the result of a row does not depend on the other rows of the batch.
 
-The layout is private to this file and `kernels/cached_attention.py`; other files use `init`,
-`append` and `attend`. Keys have the positions as their last axis, so that scores are a row-major
-product (measured 1.1 to 1.4 times as fast). Block 0 is the null block: padding rows of a batch
-write to it.
+The array layout is private to this file and `kernels/cached_attention.py`; other files use `init`,
+`append` and `attend`. The last axis of the keys is the position, so that scores are a row-major
+matrix product (measured 1.1 to 1.4 times as fast). Block 0 is the null block: padding rows of a
+batch write to it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class KVCache(struct.PyTreeNode):
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks P, including the null block."""
+        """The number of blocks P, including the null block."""
         return self.keys[0].shape[0]
 
 
 def bytes_per_block(cfg: Config, dtype: jnp.dtype | str | type) -> int:
-    """Return the size of one block over all layers, in bytes."""
+    """Return the size in bytes of one block: BLOCK_SIZE keys and values of every layer."""
     return (
         2
         * cfg.num_layers
@@ -56,7 +56,7 @@ def bytes_per_block(cfg: Config, dtype: jnp.dtype | str | type) -> int:
 
 
 def blocks_for(num_positions: int) -> int:
-    """Return the number of blocks that hold `num_positions` positions."""
+    """Return the number of blocks that are needed to store `num_positions` positions."""
     return -(-num_positions // BLOCK_SIZE)
 
 
@@ -81,14 +81,14 @@ def init(cfg: Config, num_blocks: int, dtype: jnp.dtype | str | type = jnp.float
 
 
 def copy_block(kv_cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
-    """Copy one block of every layer onto another block.
+    """Copy the content of one block to another block, in every layer (copy on write).
 
-    A row can then append to the copy of a block that it shares with another row.
+    A row that shares a block with another row copies it before it appends to it.
 
     Args:
         kv_cache: The cache; donate it, so that it is updated in place.
-        source: Number of the block to copy, int32.
-        target: Number of the block to overwrite, int32.
+        source: Index of the block to copy, int32.
+        target: Index of the block to overwrite, int32.
 
     Returns:
         The updated cache.
@@ -109,16 +109,16 @@ def append(
     """Append new keys and values of one layer to each row.
 
     Args:
-        keys: The layer's pool of keys [P, K, H, BLOCK_SIZE], donated by the caller.
-        values: The layer's pool of values [P, K, BLOCK_SIZE, H], donated by the caller.
+        keys: Cached keys of the layer [P, K, H, BLOCK_SIZE], donated by the caller.
+        values: Cached values of the layer [P, K, BLOCK_SIZE, H], donated by the caller.
         k: New keys, float32 [B, T, K, H]. T is 1, or a divisor or multiple of BLOCK_SIZE.
         v: New values, float32 [B, T, K, H].
-        tables: The blocks of each row in order, int32 [B, S/BLOCK_SIZE].
+        tables: The block indices of each row in order, int32 [B, S/BLOCK_SIZE].
         starts: Position of the first new token of each row, int32 [B]; a multiple of
             min(T, BLOCK_SIZE).
 
     Returns:
-        The updated pools of keys and values.
+        The updated cached keys and values.
 
     Raises:
         ValueError: T neither divides BLOCK_SIZE nor is a multiple of it.
@@ -143,7 +143,7 @@ def append(
 
 
 def _narrow(x: jax.Array, storage_dtype: jnp.dtype) -> jax.Array:
-    """Convert float32 to the dtype that a pool stores."""
+    """Convert float32 to the dtype of the cache; bfloat16 is stored as uint16."""
     if storage_dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     return x.astype(storage_dtype)
@@ -163,13 +163,13 @@ def attend(
 
     Args:
         q: New queries, float32 [B, T, N, H]; query t of row b has position starts[b] + t.
-        keys: The layer's pool of keys, to which the new positions have been appended.
-        values: The layer's pool of values, to which the new positions have been appended.
-        tables: The blocks of each row in order, int32 [B, S/BLOCK_SIZE].
+        keys: Cached keys of the layer, to which `append` has added the new positions.
+        values: Cached values of the layer, to which `append` has added the new positions.
+        tables: The block indices of each row in order, int32 [B, S/BLOCK_SIZE].
         starts: Position of the first query of each row, int32 [B].
-        window: Number of positions a query attends to, including its own position; None means all
+        window: Number of positions that a query attends to, including its own; None means all
             positions up to its own. Blocks outside the window are not read. They stay allocated,
-            because other layers may need them.
+            because other layers can need them.
         softcap: Scores become softcap * tanh(score / softcap) before the softmax; None: no cap.
 
     Returns:

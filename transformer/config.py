@@ -1,13 +1,13 @@
 """Hyperparameters of a decoder: sizes, and the variants of each layer.
 
-One frozen dataclass describes all families of `families.py`, which maps the keys of each family's
-files to these fields. It is hashable, so `jax.jit` takes it as a static argument and compiles one
-program for each distinct config. The defaults are a Llama; a field at its default adds nothing to
-the program.
+One frozen dataclass, `Config`, describes the decoders of all families. `families.py` maps the keys
+of each family's files to its fields. `Config` is hashable, so `jax.jit` takes it as a static
+argument and compiles one program for each distinct config. The defaults are a Llama; a field at its
+default adds no operation to the program.
 
-Leaves out: layers of different sizes or kinds (dense and expert layers in one model), experts that
-all tokens share, attention sinks, ALiBi. A checkpoint that needs one of them is rejected with the
-name of the key (`config_keys.py`).
+Not supported: layers of different sizes, dense and expert layers in one model, shared experts,
+attention sinks, and ALiBi. A checkpoint that needs one of them is rejected with the name of the key
+(`config_keys.py`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _POSITIVE = (
 _OPTIONAL = {"local_rope_theta", "attention_multiplier", "attn_logit_softcap"}
 _OPTIONAL |= {"final_logit_softcap"}
 MAX_EXPERTS = 4096
-MAX_LAYERS = 4096  # a file that claims more is damaged; also bounds lists with one item per layer
+MAX_LAYERS = 4096  # a file with more is damaged; the limit also bounds lists with an item per layer
 
 # The fields that each type of RoPE scaling needs.
 ROPE_SCALING_FIELDS = {
@@ -69,7 +69,16 @@ ROPE_SCALING_FIELDS = {
 
 
 def check_size(name: str, value: Any, max_value: float = float("inf")) -> None:
-    """Raise ValueError unless `value` is a positive integer of at most `max_value`."""
+    """Check that `value` is an integer from 1 to `max_value`.
+
+    Args:
+        name: Name of the value in the error message.
+        value: The value to check.
+        max_value: The largest valid value.
+
+    Raises:
+        ValueError: `value` is not an integer in this range.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if value > max_value:
@@ -89,8 +98,8 @@ def _check_positive(name: str, value: Any) -> None:
 class RopeScaling:
     """Scaling of the rotary frequencies for contexts longer than the pretraining context.
 
-    `rope.frequencies` defines the types. Fields that a type does not use are None. The factor of
-    "longrope" is a list: one divisor for each channel pair.
+    `rope.frequencies` implements the types. Fields that a type does not use are None. "longrope"
+    has a tuple of factors, one divisor per channel pair, instead of `factor`.
 
     Raises:
         ValueError: A field is out of range, missing for its type, or not used by it.
@@ -98,17 +107,18 @@ class RopeScaling:
 
     rope_type: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float | None = None  # ratio of the extended context to the original one
-    original_max_seq_len: int | None = None  # all but linear: the context before scaling
-    # llama3: frequencies with fewer rotations in the original context are divided by the factor,
+    original_max_seq_len: int | None = None  # all but linear: positions before scaling
+    # llama3: frequencies with fewer rotations than this in the original context are divided by
+    # `factor`; those between the two bounds are interpolated.
     low_freq_factor: float | None = None
-    # and frequencies with more rotations than this stay.
+    # llama3: frequencies with more rotations than this are not scaled.
     high_freq_factor: float | None = None
     beta_fast: float | None = None  # yarn: as high_freq_factor
     beta_slow: float | None = None  # yarn: as low_freq_factor
     attention_factor: float | None = None  # yarn, longrope: multiplies cosines and sines
-    # longrope: divisors of the frequencies of sequences up to the original context,
+    # longrope: divisors of the frequencies in sequences up to the original context
     short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None  # and of longer sequences
+    long_factor: tuple[float, ...] | None = None  # longrope: divisors in longer sequences
     truncate: bool = True  # yarn: round the two bounds outwards to whole channel pairs
 
     def __post_init__(self) -> None:
@@ -133,10 +143,16 @@ class RopeScaling:
                     f"got {value!r}"
                 )
         if not isinstance(self.truncate, bool) or not (self.truncate or self.rope_type == "yarn"):
-            raise ValueError(f"rope scaling {self.rope_type}: truncate must be True")
+            raise ValueError(
+                f"rope scaling {self.rope_type}: truncate must be True, or with yarn also False, "
+                f"got {self.truncate!r}"
+            )
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if getattr(self, low) is not None and getattr(self, low) >= getattr(self, high):
-                raise ValueError(f"rope scaling {self.rope_type}: {low} must be less than {high}")
+                raise ValueError(
+                    f"rope scaling {self.rope_type}: {low} must be less than {high}, "
+                    f"got {getattr(self, low)} and {getattr(self, high)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,27 +178,29 @@ class Config:
     pre_norms: bool = True  # norm the inputs of attention and MLP
     post_norms: bool = False  # norm the outputs of attention and MLP, before the addition
     parallel_residual: bool = False  # attention and MLP read the same residual stream
-    residual_multiplier: float = 1.0  # of the outputs of attention and MLP
+    residual_multiplier: float = 1.0  # multiplies the outputs of attention and MLP
     position: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10_000.0  # used when position == "rope"
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None  # of layers with a window, unscaled; None: rope_theta
+    # theta of the layers with a window, without rope_scaling; None: as the other layers
+    local_rope_theta: float | None = None
     rotary_dim: int | None = None  # channels of each head that are rotated; None: head_dim
-    rope_layers: tuple[bool, ...] = (True,)  # repeated over the layers; False: no positions
+    # per layer, repeated over the layers: whether queries and keys are rotated
+    rope_layers: tuple[bool, ...] = (True,)
     windows: tuple[int | None, ...] = (None,)  # repeated over the layers; see `window`
     query_scalar: int | None = None  # scores are divided by its square root; None: head_dim
-    attention_multiplier: float | None = None  # of the scores, instead of query_scalar
+    attention_multiplier: float | None = None  # multiplies the scores, instead of query_scalar
     attn_logit_softcap: float | None = None  # scores become cap * tanh(score / cap)
-    final_logit_softcap: float | None = None  # as attn_logit_softcap, of the logits
-    logits_scaling: float = 1.0  # logits are divided by it
+    final_logit_softcap: float | None = None  # logits become cap * tanh(logit / cap)
+    logits_scaling: float = 1.0  # divides the logits
     mlp: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = "swiglu"  # gelu: its tanh approximation
-    num_experts: int | None = None  # E, MLPs per layer, of which a router chooses; None: one MLP
-    num_experts_per_tok: int | None = None  # MLPs that a token passes through
+    num_experts: int | None = None  # E, MLPs per layer; None: one MLP without a router
+    num_experts_per_tok: int | None = None  # number of experts that the router chooses per token
     norm_topk_prob: bool = True  # the weights of the chosen experts sum to one
     qkv_bias: bool = False
     linear_bias: bool = False  # biases on the attention output and on both MLP projections
     scale_embeddings: bool = False  # multiply token embeddings by the square root of d_model
-    embedding_multiplier: float = 1.0  # of the token embeddings
+    embedding_multiplier: float = 1.0  # multiplies the token embeddings
     tie_embeddings: bool = True  # the head is the embedding table
     fused_projections: bool = False  # files and adapters store q, k, v and gate, up as one tensor
 
@@ -214,7 +232,7 @@ class Config:
                 f"got {self.query_scalar} and {self.attention_multiplier}"
             )
         if self.norm == "layer" and (self.qk_norm or self.post_norms):
-            raise ValueError("qk_norm and post_norms need an RMS norm, got norm='layer'")
+            raise ValueError("qk_norm and post_norms need norm='rms' or 'unit_rms', got 'layer'")
         if self.qk_norm_over == "projection" and not self.qk_norm:
             raise ValueError("qk_norm_over='projection' needs qk_norm=True")
         if not (self.pre_norms or self.post_norms):
@@ -271,13 +289,13 @@ class Config:
             raise ValueError("experts have no biases: linear_bias must be False")
 
     def has_rope(self, layer: int) -> bool:
-        """Whether queries and keys of `layer` are rotated by their positions."""
+        """Return whether queries and keys of `layer` are rotated by their positions."""
         return self.position == "rope" and self.rope_layers[layer % len(self.rope_layers)]
 
     def window(self, layer: int) -> int | None:
-        """Return the number of positions a query of `layer` attends to, including its own.
+        """Return the number of positions that a query of `layer` attends to, including its own.
 
-        None means all positions up to its own.
+        None means that a query attends to all positions up to its own.
         """
         return self.windows[layer % len(self.windows)]
 
@@ -298,7 +316,7 @@ class Config:
 
     @property
     def num_params(self) -> int:
-        """Number of weights, of all experts; tied embeddings count once."""
+        """The number of weights, including all experts; tied embeddings count once."""
         d, heads, kv = (
             self.d_model,
             self.num_heads * self.head_dim,

@@ -1,9 +1,9 @@
-"""Keys of a model file that no config field reads, and which of them change the forward pass.
+"""Check the keys of a model file that no field of `Config` reads: some change the forward pass.
 
 transformers ignores every key of `config.json` that a model's class does not know. That is right
 for `unsloth_fixed`, but silently wrong for Granite's `residual_multiplier` in a file with
 `model_type` llama. The table below therefore lists each key that changes the forward pass in some
-family, with its neutral values, which change nothing:
+family, with its neutral values, which have no effect:
 
 - A key in the table with another value is rejected with its name.
 - A key outside the table is ignored, as transformers does, and logged once.
@@ -45,7 +45,7 @@ def _vocab_size(cfg: Any) -> int | None:
 
 
 def _root_of_num_layers(cfg: Any) -> float | None:
-    num_layers = getattr(cfg, "num_layers", None)  # Whisper has two such numbers
+    num_layers = getattr(cfg, "num_layers", None)  # Whisper counts encoder and decoder layers
     return None if num_layers is None else num_layers**0.5
 
 
@@ -368,8 +368,8 @@ GGUF = {
     key: (effect, values) for effect, keys in _GGUF_GROUPS.items() for key, values in keys.items()
 }
 
-# Neutral values of a model with layer norms, biases and learned positions, such as GPT-2 and BERT;
-# the values of the table are those of a Llama.
+# Neutral values of a model with layer norms, biases and learned positions, such as GPT-2 and BERT.
+# They replace the values in the table, which are those of a Llama.
 LAYER_NORM: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", "learned", "learned_absolute"),
     "norm_type": ("layer", "layernorm", "layer_norm", "LayerNorm"),
@@ -419,12 +419,13 @@ _GGUF_EXPECTED = frozenset(
 def read_gguf_section(
     metadata: Mapping[str, Any], kind: str
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """Return the keys of an architecture without its prefix, and a function that removes one.
+    """Return the keys of an architecture without its prefix, and a function that removes a key.
 
-    The function takes a key and its default, and raises ValueError for a missing key without one.
+    The function takes a key and an optional default, and returns the value. It raises ValueError if
+    the key is missing and there is no default.
 
     Args:
-        metadata: The key-value section of a GGUF file.
+        metadata: All key-value pairs of a GGUF file.
         kind: The architecture, which is the prefix of its keys.
     """
     section = {
@@ -436,7 +437,7 @@ def read_gguf_section(
     def pop(key: str, default: Any = None) -> Any:
         value = section.pop(key, default)
         if value is None:
-            raise ValueError(f"the GGUF metadata lacks {kind}.{key}")
+            raise ValueError(f"the GGUF metadata have no key {kind}.{key}")
         return value
 
     return section, pop
@@ -454,8 +455,8 @@ def check(
     Args:
         rest: The keys and their values.
         cfg: The config made from the other keys, for neutral values that depend on it.
-        kind: The model type, for messages.
-        neutral_overrides: Neutral values of this model type that differ from those of the table.
+        kind: The model type, for error messages.
+        neutral_overrides: Neutral values of this model type that differ from those in the table.
 
     Raises:
         ValueError: The weights are quantized in an unsupported format, or a key changes the
@@ -482,7 +483,7 @@ def check_gguf(rest: Mapping[str, Any], cfg: Any, kind: str) -> None:
     Args:
         rest: The keys, without the architecture prefix, and their values.
         cfg: The config made from the other keys, for neutral values that depend on it.
-        kind: The architecture, for messages.
+        kind: The architecture, for error messages.
 
     Raises:
         ValueError: A key changes the forward pass in a way that this architecture does not support.
@@ -520,8 +521,8 @@ def _check(
         if not _is_neutral(value, neutral):
             allowed = " or ".join([*(repr(item) for item in neutral), "absent"])
             raise ValueError(
-                f"{prefix}{key} is {value!r}. It {effect}, which is not implemented for {kind}; "
-                f"it must be {allowed}"
+                f"{source}: expected {allowed} for {prefix}{key}, got {value!r}; the key {effect}, "
+                f"which is not implemented for {kind}"
             )
     unknown = sorted(str(key) for key in rest.keys() - table.keys() - expected)
     log_ignored_keys(source, tuple(prefix + key for key in unknown))
@@ -535,7 +536,7 @@ def _is_neutral(value: Any, neutral: list[Any]) -> bool:
 
 def _same(value: Any, other: Any) -> bool:
     if isinstance(value, float) and isinstance(other, int | float):
-        return math.isclose(value, other, rel_tol=1e-6)  # the file may hold a rounded float32
+        return math.isclose(value, other, rel_tol=1e-6)  # the value may be a rounded float32
     return value == other
 
 
@@ -546,7 +547,7 @@ _QUANTIZED_ADVICE = (
 
 
 def _is_disabled(value: Any) -> bool:
-    """Whether a `quantization_config` of bitsandbytes quantizes nothing."""
+    """Return whether a `quantization_config` of bitsandbytes has both quantizations disabled."""
     return (
         isinstance(value, Mapping)
         and value.get("quant_method") == "bitsandbytes"

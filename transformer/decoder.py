@@ -4,8 +4,8 @@ Read `block` first: norm, attention, add; norm, MLP, add. One function serves ev
 families differ, a field of the config selects the variant, or a part of a layer is None.
 
 - `forward` processes whole sequences without a cache, for scoring and interpretability.
-  `hidden_states` is the same up to the head, for training, where the loss must not hold the logits
-  of a whole batch.
+  `hidden_states` is the same without the head, for training: the loss computes the logits in
+  chunks, to save the memory of the logits of a whole batch.
 - `forward_cached` processes the next tokens of sequences whose earlier tokens are in a cache. With
   one row and many tokens it is prefill, with many rows and one token each it is a decoding step.
 
@@ -35,8 +35,8 @@ from transformer.weights import Linear, Norm
 class Layer(struct.PyTreeNode):
     """Weights of one block.
 
-    Queries, keys and values are separate products, as are gate and up: the code is simpler, and
-    fused products were never faster when measured.
+    The projections of queries, keys and values are separate matrices, as are gate and up: the code
+    is simpler, and fused matrix products were never faster when measured.
     """
 
     attn_norm: Norm | None  # None where cfg.pre_norms is False
@@ -154,7 +154,7 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 
 def initialize(key: jax.Array, tree: Any) -> Any:
-    """Return the float32 arrays that a tree of `ArrayInfo` describes, each from its own key."""
+    """Return random float32 arrays for a tree of `ArrayInfo`, with one random key per array."""
     infos, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(infos))
     arrays = [
@@ -177,8 +177,8 @@ def block(
         x: The residual stream, float32 [B, T, D].
         layer: Weights of the block.
         cfg: Config of the decoder.
-        angles: Rotary cosines and sines of the positions, or None without rotation: positions are
-            learned, or the layer has none.
+        angles: Rotary cosines and sines of the positions, as from `rope.angles`; None for a layer
+            without rotation.
         attend: Attention function: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 
     Returns:
@@ -303,8 +303,8 @@ def embed_tokens(
         cfg: Config of the decoder.
         ids: Token ids, int32 [B, T].
         positions: Position of each token, int32 [B, T].
-        max_length: Number of positions that each row can have in the end; None: those of
-            `positions`. LongRoPE depends on it.
+        max_length: Number of positions that each row can reach by generation, which selects the
+            factors of LongRoPE; None: each row's largest position selects them.
 
     Returns:
         The residual stream, float32 [B, T, D], and for each layer the cosines and sines of
@@ -371,9 +371,9 @@ def forward(
         params: Weights of the decoder.
         cfg: Config of the decoder.
         ids: Token ids, int32 [B, T].
-        segments: Text number of each token where several texts share a row, int32 [B, T]: 1, 2, ...
-            and 0 for padding. Each text has its own positions, and its tokens attend to tokens of
-            the same text only. None means one text per row.
+        segments: Number of the text that each token belongs to, if several texts share a row, int32
+            [B, T]: 1, 2, ... and 0 for padding. Positions are counted in each text from 0, and a
+            token attends to tokens of the same text only. None means one text per row.
         taps: Names of intermediates to return: "residual" (the residual stream before each block
             and after the last, [L + 1, B, T, D]), "attention" (attention weights,
             [L, B, N, T, T]) and "logits" (the logit lens: the final norm and the head applied to
@@ -419,7 +419,7 @@ def hidden_states(
     *,
     remat: bool = False,
 ) -> jax.Array:
-    """Return the residual stream after the last block and the final norm.
+    """Return the residual stream after the last block and the final norm, for the loss.
 
     Args:
         params: Weights of the decoder.
@@ -445,7 +445,7 @@ def hidden_states(
 # A nested jit, so that layers of the same shapes are traced and differentiated once.
 @partial(jax.jit, static_argnames=("cfg", "window", "output_attentions"))
 def _forward_layer(x, layer, angles, segments, *, cfg, window, output_attentions=False):
-    """Apply a block; return its output and its attention weights [B, N, T, T] or None."""
+    """Apply a block; return its output, and attention weights [B, N, T, T] if requested."""
     weights = None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -463,7 +463,7 @@ def _positions(cfg: Config, ids: jax.Array, segments: jax.Array | None) -> jax.A
     if segments is None:
         if cfg.position == "learned" and ids.shape[1] > cfg.max_seq_len:
             raise ValueError(
-                f"a row may have at most {cfg.max_seq_len} tokens, the number of learned "
+                f"a row must have at most {cfg.max_seq_len} tokens, the number of learned "
                 f"positions, got {ids.shape[1]}"
             )
         return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
@@ -474,7 +474,7 @@ def position_ids(segments: jax.Array) -> jax.Array:
     """Return the position of each token within its text.
 
     Args:
-        segments: Text number of each token, int32 [B, T], as in `forward`.
+        segments: Number of the text that each token belongs to, int32 [B, T], as in `forward`.
 
     Returns:
         Positions counted from 0 in each text, int32 [B, T].
@@ -498,7 +498,7 @@ def forward_cached(
     Args:
         params: Weights of the decoder.
         cfg: Config of the decoder.
-        kv_cache: The cache; donate it, so that it is updated in place.
+        kv_cache: The cache; donate the argument in `jax.jit`, so that it is updated in place.
         ids: The new tokens, int32 [B, T].
         tables: The cache blocks of each row, int32 [B, S/BLOCK_SIZE].
         starts: Number of tokens of each row that are in the cache already, int32 [B].
@@ -508,7 +508,7 @@ def forward_cached(
         positions whose logits you need to `unembed`.
     """
     positions = starts[:, None] + jnp.arange(ids.shape[1])  # [B, T]
-    # A row keeps one table of LongRoPE while it grows, so that its cached keys stay valid.
+    # A row uses the same factors of LongRoPE while it grows, so that its cached keys stay valid.
     x, angles = embed_tokens(params, cfg, ids, positions, cfg.max_seq_len)
     keys, values = [], []
     for i, layer in enumerate(params.layers):
@@ -546,9 +546,9 @@ def unstack_layers(stacked: Layer) -> tuple[Layer, ...]:
 
 
 def num_matmul_weights(cfg: Config) -> int:
-    """Return the number of weights of the linear maps of all layers that a token is multiplied by.
+    """Return the number of weights in the matrix products that process one token in all layers.
 
-    Of the experts of a layer, those that a token passes through count.
+    Embeddings and head do not count. Of the experts of a layer, num_experts_per_tok count.
     """
     total = 0
     for leaf in jax.tree.leaves(abstract(cfg).layers):

@@ -1,12 +1,12 @@
-"""Conversion of the configs of published decoder families: `config.json` and GGUF metadata.
+"""Convert the configs of published decoder families: `config.json` and GGUF metadata.
 
-`FAMILIES` has one entry per family: the fields that define it, and the names of its keys. A key
-that changes the forward pass in an unsupported way raises; other unknown keys are ignored and
-logged (`config_keys.py` has the list). Follows the configuration classes of transformers 5, the
-spellings of older files, and the key list of ggml's docs/gguf.md.
+`FAMILIES` has one entry per `model_type`: the fields of `Config` that define the family, and the
+names of its keys. A key that changes the forward pass in an unsupported way raises ValueError;
+other unknown keys are ignored and logged (`config_keys.py` has the list). Follows the configuration
+classes of transformers 5, the spellings of older files, and the key list of ggml's docs/gguf.md.
 
-Leaves out: the vision encoders of larger Gemma 3 models, experts that all tokens share (Qwen2-MoE,
-DeepSeek), and RoPE scaling other than linear, Llama 3's, YaRN and LongRoPE.
+Not supported: the vision encoders of larger Gemma 3 models, shared experts (Qwen2-MoE, DeepSeek),
+and RoPE scaling other than linear, Llama 3's, YaRN and LongRoPE.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _GRANITE_KEYS = _LLAMA_KEYS | {
 }
 _EXPERT_COUNT = ("num_experts", "num_local_experts")  # synonyms in families with experts
 _EXPERT_KEYS = {"num_experts_per_tok": "num_experts_per_tok"}
-# Keys whose value null means that the model has no such thing, where a missing key has a default.
+# Keys whose null means that the model has no window or cap; a missing key has a default instead.
 _NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 # Names of activation functions -> `Config.mlp`.
 _SILU: tuple[str, Mapping[str, str]] = ("hidden_act", dict.fromkeys(("silu", "swish"), "swiglu"))
@@ -90,28 +90,33 @@ _QK_NORM: dict[str, tuple] = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Properties of one `model_type`."""
+    """How the models of one `model_type` are described in `config.json` and in GGUF metadata."""
 
     architecture: str  # class name in transformers
-    gguf: str  # general.architecture of its GGUF files
-    fixed_fields: Mapping[str, Any]  # fields that all its models share
-    keys: Mapping[str, str]  # key of config.json -> field
+    gguf: str  # general.architecture of the family's GGUF files
+    fixed_fields: Mapping[str, Any]  # fields of `Config` with the same value in all models
+    keys: Mapping[str, str]  # key of config.json -> field of `Config`
     hf_defaults: Mapping[str, Any]  # defaults of transformers for keys that config.json lacks
-    # The key of the activation function, and its accepted values -> `Config.mlp`.
+    # The key of the activation function, and a mapping of its valid values to `Config.mlp`.
     activation: tuple[str, Mapping[str, str]]
-    derived: frozenset[str] = frozenset({"head_dim"})  # fields with a default from other fields
-    neutral: Mapping[str, tuple] = field(default_factory=dict)  # overrides `config_keys.CONFIG`
+    # Fields that are computed from other fields if config.json does not have their keys.
+    derived: frozenset[str] = frozenset({"head_dim"})
+    # Values of keys that do not change the forward pass; overrides `config_keys.CONFIG`.
+    neutral: Mapping[str, tuple] = field(default_factory=dict)
     unused: frozenset[str] = frozenset()  # keys that the forward pass of the family ignores
-    theta_key: str = "rope_theta"
-    rotary_key: str | None = None  # key of the rotated fraction of each head; None: all of it
-    has_rope_layers: bool = False  # `no_rope_layers` lists the layers without positions
-    has_layer_types: bool = False  # `layer_types` lists the layers with a window
-    # GGUF key -> field and default; 0 means None in a key with the default None.
+    theta_key: str = "rope_theta"  # key of `Config.rope_theta`
+    # Key of the fraction of each head's channels that is rotated; None: all are.
+    rotary_key: str | None = None
+    has_rope_layers: bool = False  # whether `no_rope_layers` lists the layers without rotation
+    has_layer_types: bool = False  # whether `layer_types` lists the layers with a window
+    # GGUF key -> (field, default); if the default is None, the value 0 means None.
     gguf_keys: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
-    gguf_window_period: int | None = None  # every n-th layer has no window; 1: all have one
-    gguf_rope_layers: tuple[bool, ...] = (True,)
-    gguf_local_rope_theta: float | None = None
-    # Number of layers of the one model whose query_scalar is d_model / num_heads: there is no key.
+    # In GGUF files, every n-th layer has no window; 1: all layers have one; None: no windows.
+    gguf_window_period: int | None = None
+    gguf_rope_layers: tuple[bool, ...] = (True,)  # `Config.rope_layers` of GGUF files
+    gguf_local_rope_theta: float | None = None  # default of rope.freq_base_swa
+    # GGUF metadata have no key for query_scalar. It is d_model / num_heads in one model of the
+    # family (27B), which is recognized by this number of layers.
     gguf_layers_of_27b: int | None = None
 
 
@@ -152,7 +157,7 @@ FAMILIES = {
         | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28),
         activation=_SILU,
         has_layer_types=True,
-        # Its queries, keys and values have biases, whatever the values of these keys.
+        # Queries, keys and values have biases, regardless of the values of these keys.
         neutral=dict.fromkeys(("attention_bias", "qkv_bias", "use_qkv_bias"), (True, False)),
     ),
     "qwen3": Family(
@@ -343,7 +348,7 @@ FAMILIES = {
         ),
         activation=_SILU,
         neutral=_QK_NORM | {"decoder_sparse_step": (1,), "mlp_only_layers": ()},
-        unused=frozenset({"intermediate_size"}),  # of layers without experts
+        unused=frozenset({"intermediate_size"}),  # the width of layers without experts
     ),
 }
 
@@ -364,11 +369,14 @@ _LAYER_TYPES = {_LOCAL, _GLOBAL}
 
 
 def from_hf(config: Mapping[str, Any]) -> Config:
-    """Convert the dictionary of a Hugging Face `config.json`.
+    """Convert the content of a Hugging Face `config.json` to a `Config`.
 
     A key with the value null is treated as absent, with two exceptions: a null in a key of
     `_NULLABLE` means that the model has no window or cap, and a `num_key_value_heads` of null means
     the number of heads.
+
+    Args:
+        config: The object in the file, key to value.
 
     Raises:
         ValueError: The model type is unknown, a key is missing or has an invalid value, or a key
@@ -383,7 +391,7 @@ def from_hf(config: Mapping[str, Any]) -> Config:
     for key, synonym in (_EXPERT_COUNT, _EXPERT_COUNT[::-1]):
         if key in non_null and key not in family.keys and synonym in family.keys:
             rest[synonym] = rest.pop(key)
-    if config.get("num_key_value_heads", 0) is None:  # unlike absent, where the default may differ
+    if config.get("num_key_value_heads", 0) is None:  # an absent key may have another default
         rest["num_key_value_heads"] = config.get("num_attention_heads")
     key, kinds_of_mlp = family.activation
     activation = rest.setdefault(key, next(iter(kinds_of_mlp)))
@@ -437,7 +445,7 @@ def from_hf(config: Mapping[str, Any]) -> Config:
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """Replace values that equal what None stands for, so that equal decoders have equal configs."""
+    """Replace values that equal the meaning of None by None: equal decoders have equal configs."""
     head_dim = fields["head_dim"]
     defaults = {
         "query_scalar": head_dim,
@@ -459,7 +467,7 @@ def _rotary_dim(key: str, fraction: Any, head_dim: int) -> int:
 
 
 def _pop_rope_layers(rest: dict[str, Any], num_layers: int) -> tuple[bool, ...]:
-    """Remove the keys of layers without positions; return whether each layer is rotated."""
+    """Remove the keys of SmolLM3's layers without rotation; return whether each layer rotates."""
     layers, interval = rest.pop("no_rope_layers", None), rest.pop("no_rope_layer_interval", 4)
     if layers is None:
         check_size("no_rope_layer_interval", interval)
@@ -474,12 +482,12 @@ def _pop_rope_layers(rest: dict[str, Any], num_layers: int) -> tuple[bool, ...]:
 
 
 def to_hf(cfg: Config) -> dict[str, Any]:
-    """Return the `config.json` dictionary that `from_hf` converts to an equal config.
+    """Return the content of a `config.json` that `from_hf` converts to an equal config.
 
-    The model type is the first one that can store the config.
+    The `model_type` is the first of `FAMILIES` that can represent the config.
 
     Raises:
-        ValueError: No Hugging Face model type has this combination of fields.
+        ValueError: No Hugging Face model type can represent this combination of fields.
     """
     lost: dict[str, list[str]] = {}
     for kind, family in FAMILIES.items():
@@ -498,14 +506,17 @@ def to_hf(cfg: Config) -> dict[str, Any]:
             if getattr(restored, field.name, None) != getattr(cfg, field.name)
         ]
     reasons = "".join(
-        f"; the config.json of {kind} cannot store {', '.join(names)}"
+        f"; the config.json of {kind} cannot represent {', '.join(names)}"
         for kind, names in lost.items()
     )
     raise ValueError(f"no Hugging Face model type matches {cfg}{reasons}")
 
 
 def _to_hf(cfg: Config, kind: str, family: Family) -> dict[str, Any]:
-    """Return the `config.json` of a family, which may lack fields; {} if it has no such MLP."""
+    """Return the `config.json` of a family for `cfg`, or {} if the family has no such MLP.
+
+    The result can lack fields that the family has no key for.
+    """
     key, kinds_of_mlp = family.activation
     activation = next((name for name, mlp in kinds_of_mlp.items() if mlp == cfg.mlp), None)
     if activation is None:
@@ -552,9 +563,9 @@ def _to_hf(cfg: Config, kind: str, family: Family) -> dict[str, Any]:
 def _pop_rope(rest: dict[str, Any], fields: dict[str, Any], family: Family) -> None:
     """Move the RoPE keys of `rest` to `fields`; keys that are not used stay in `rest`.
 
-    transformers 4 wrote `rope_theta` and `rope_scaling`. transformers 5 writes both into
-    `rope_parameters`, or into one such object per layer type if they differ. An older key takes
-    precedence.
+    transformers 4 wrote the keys `rope_theta` and `rope_scaling`. transformers 5 writes the content
+    of both into `rope_parameters`, or into one object per layer type within it if the layer types
+    differ. If a file has both forms, `rope_scaling` takes precedence.
     """
     if rest.get("rope_scaling") is False:  # as null, like in transformers
         del rest["rope_scaling"]
@@ -594,11 +605,12 @@ def _pop_rope(rest: dict[str, Any], fields: dict[str, Any], family: Family) -> N
 def _parse_scaling(
     rope: dict[str, Any], max_seq_len: Any
 ) -> tuple[RopeScaling | None, Mapping[str, Any]]:
-    """Convert a `rope_scaling` object; return the scaling and the unused keys.
+    """Convert a `rope_scaling` object; return the scaling and the unused keys with their values.
 
     The optional keys of YaRN are handled as in transformers (`modeling_rope_utils.py`): the default
-    of the original length is `max_seq_len`, a factor of null is the ratio of the two, and `mscale`
-    and `mscale_all_dim` are used if both are present and `attention_factor` is not.
+    of `original_max_position_embeddings` is `max_seq_len`, a factor of null is the ratio of
+    `max_seq_len` to it, and `mscale` and `mscale_all_dim` are used if both are present and
+    `attention_factor` is not.
     """
     rest = dict(rope)
     old_name = rest.pop("type", None)
@@ -606,12 +618,12 @@ def _parse_scaling(
     factor = rest.get("factor")
     if kind is None and factor in (None, 1):
         kind = "default"
-    if kind == "dynamic" and factor == 1:  # it changes nothing up to the pretraining length
+    if kind == "dynamic" and factor == 1:  # no effect on sequences up to the pretraining length
         kind = "default"
     if kind == "su" or (kind == "yarn" and "short_factor" in rest):  # names in older Phi-3 files
         kind = "longrope"
     if kind == "default":
-        rest.pop("original_max_position_embeddings", None)  # of Phi-3: it is not extended
+        rest.pop("original_max_position_embeddings", None)  # of a Phi-3 without extended context
         if factor not in (None, 1):
             raise ValueError(f"factor must be absent with rope_type 'default', got {factor!r}")
         return None, rest
@@ -651,7 +663,8 @@ def _parse_scaling(
 def _complete_longrope(rope: dict[str, Any], max_seq_len: Any) -> None:
     """Add the attention factor to the keys of LongRoPE, and convert its lists to tuples.
 
-    As in transformers, the ratio of the contexts is `factor` if it is present.
+    The attention factor depends on the ratio of the extended to the original context. As in
+    transformers, this ratio is `factor` if present, otherwise that of the two lengths.
     """
     original = rope.setdefault("original_max_position_embeddings", max_seq_len)
     for key, number in (
@@ -678,7 +691,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
     Args:
         factor: Ratio of the extended context to the original one.
-        mscale: Coefficient of some models (DeepSeek); 1 is the paper.
+        mscale: Coefficient that some models (DeepSeek) add to the formula; 1 as in the paper.
 
     Returns:
         0.1 * mscale * ln(factor) + 1, or 1 for a factor below 1.
@@ -691,10 +704,11 @@ def _pop_windows(
 ) -> tuple[int | None, ...]:
     """Remove the keys of sliding windows from `rest`; return the windows of the layers.
 
-    Where some layers have no positions, those are the layers with a window.
+    If `rope_layers` is given and the file has no `layer_types`, the layers without rotation have
+    the window, as in transformers.
     """
 
-    def pop(key: str, default: Any) -> Any:  # only keys of this family
+    def pop(key: str, default: Any) -> Any:  # the default also if the family has no such key
         return rest.pop(key) if key in family.hf_defaults else default
 
     size, num_full = pop("sliding_window", None), pop("max_window_layers", 0)
@@ -725,7 +739,7 @@ def _pop_windows(
 
 
 def _covers(window: Any, cfg: Config) -> bool:
-    """Whether a sliding window is at least as long as the context, so that it has no effect."""
+    """Return whether a sliding window is at least as long as the context, so it has no effect."""
     return isinstance(window, int) and window >= cfg.max_seq_len
 
 
@@ -735,10 +749,10 @@ def from_gguf(
     has_head: bool,
     rope_factors: Mapping[str, Sequence[float]] | None = None,
 ) -> Config:
-    """Convert the metadata of a GGUF file.
+    """Convert the metadata of a GGUF file to a `Config`.
 
     Args:
-        metadata: The key-value section of the file.
+        metadata: All key-value pairs of the file.
         has_head: Whether the file has `output.weight`; without it the embeddings are tied.
         rope_factors: Divisors of the rotary frequencies, from the tensors `rope_freqs` (Llama 3),
             `rope_factors_short` and `rope_factors_long` (LongRoPE), if the file has them.
@@ -811,7 +825,11 @@ def from_gguf(
 
 
 def _check_single_model(metadata: Mapping[str, Any]) -> None:
-    """Reject an adapter, a projector or a part of a split model; log keys of unknown sections."""
+    """Reject a file that is not one complete model, and log keys of unknown sections.
+
+    Raises:
+        ValueError: The file is an adapter, a vision projector, or a part of a split model.
+    """
     if (content := metadata.get("general.type", "model")) != "model":
         raise ValueError(f"general.type must be 'model', got {content!r}")
     count = metadata.get("split.count", 1)
@@ -827,13 +845,13 @@ def _check_single_model(metadata: Mapping[str, Any]) -> None:
 
 
 def _gguf_windows(rest: dict[str, Any], period: int) -> tuple[int | None, ...]:
-    """Return the windows of the layers, from one flag per layer or the period of full layers.
+    """Return the windows of the layers, from one flag per layer or a period.
 
-    A window of 0 means none.
+    With a period of n, every n-th layer has no window. A size of 0 means that no layer has one.
     """
     size = rest.pop("attention.sliding_window", 0 if period == 1 else None)
     if size is None:
-        raise ValueError("the GGUF metadata lacks attention.sliding_window")
+        raise ValueError("the GGUF metadata have no key attention.sliding_window")
     if size == 0:
         return (None,)
     if period == 1:
@@ -904,7 +922,7 @@ def _llama3_scaling(factors: Sequence[float], fields: Mapping[str, Any]) -> Rope
     head_dim, theta = fields["head_dim"], fields["rope_theta"]
     scaling = RopeScaling(
         rope_type="llama3",
-        factor=round(max(factors), 3),  # the file holds a rounded float32
+        factor=round(max(factors), 3),  # the value in the file is a rounded float32
         original_max_seq_len=8192,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
@@ -920,7 +938,7 @@ def _llama3_scaling(factors: Sequence[float], fields: Mapping[str, Any]) -> Rope
     )
     if not is_match:
         raise ValueError(
-            "rope_freqs.weight is not the table of Llama 3's RoPE scaling; other tables are not "
-            "supported"
+            "rope_freqs.weight: expected the divisors of Llama 3's RoPE scaling with a factor of "
+            f"{scaling.factor}, got other values, which are not supported"
         )
     return scaling

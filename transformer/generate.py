@@ -1,9 +1,9 @@
-"""Generation of token ids: prefill the prompt in chunks, then decode one token at a time.
+"""Generate token ids: prefill the prompt in chunks, then decode one token at a time.
 
-`prefill` and `decode` are the two compiled programs. `transformer.engine`, which batches many
-sequences, calls them directly; `generate` calls them for one sequence. The programs are compiled
-for a few fixed shapes: a prompt is prefilled in chunks, the last chunk is padded, and later tokens
-overwrite the padding in the cache.
+`prefill` and `decode` are compiled functions. `transformer.engine`, which batches many sequences,
+calls them directly; `generate` calls them for one sequence. They are compiled for a few fixed
+shapes: a prompt is prefilled in chunks, the last chunk is padded, and later tokens overwrite the
+padding in the cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def prefill(
     starts: jax.Array,
     last: jax.Array,
 ) -> tuple[jax.Array, cache.KVCache]:
-    """Process one chunk of one prompt.
+    """Process one chunk of one prompt, and return the logits of the chunk's last token.
 
     Args:
         params: Weights of the decoder.
@@ -78,8 +78,8 @@ def prefill_with_logprobs(
         num_ids: Number of ids of the vocabulary; the embedding table may be padded beyond it.
 
     Returns:
-        The logits of `prefill`, bit for bit; the log-probabilities of `next_ids` and of the most
-        likely alternatives, with leaves [T, ...]; and the updated cache.
+        The logits that `prefill` returns (bitwise identical); the log-probabilities of `next_ids`
+        and of the most likely alternatives, with leaves [T, ...]; and the updated cache.
     """
     x, kv_cache = forward_cached(params, cfg, kv_cache, ids, tables, starts)
     scores = sampling.gather_logprobs(unembed(params, cfg, x[0]), next_ids, num_ids=num_ids)
@@ -99,7 +99,7 @@ def decode(
     *,
     num_ids: int,
 ) -> tuple[SampleOutput, cache.KVCache, PenaltyState]:
-    """Process one token of every row and sample the next.
+    """Process the last token of every row, and sample the next token of every row.
 
     Args:
         params: Weights of the decoder.
@@ -113,7 +113,8 @@ def decode(
         num_ids: Number of ids of the vocabulary; the embedding table may be padded beyond it.
 
     Returns:
-        The sampled tokens, the updated cache and the updated penalty state.
+        The sampled tokens with their log-probabilities, the updated cache and the updated penalty
+        state.
     """
     x, kv_cache = forward_cached(params, cfg, kv_cache, ids[:, None], tables, starts)
     logits = unembed(params, cfg, x[:, 0])  # [B, V]
@@ -130,11 +131,11 @@ reset_slot = jax.jit(sampling.reset_slot, donate_argnames="penalty_state")
 def chunks(
     prompt: Sequence[int], sizes: Sequence[int] = CHUNK_SIZES
 ) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Split a prompt into chunks.
+    """Split a prompt into chunks for `prefill`.
 
     Args:
         prompt: Token ids.
-        sizes: Chunk sizes in descending order. Only the last size is used for a padded chunk.
+        sizes: Chunk sizes in descending order. Only a chunk of the last size is padded.
 
     Yields:
         (start, ids, last): number of tokens before the chunk; its ids, int32 [1, size], padded with
@@ -158,10 +159,11 @@ def prompt_mask_and_bias(
     Args:
         prompt: Token ids.
         sampling_params: Sampling parameters of the sequence; only logit_bias is used.
-        vocab_size: V, the rows of the embedding table.
+        vocab_size: V, the number of rows of the embedding table.
 
     Returns:
-        (is_in_prompt, bias): bool [V] and float32 [V].
+        (is_in_prompt, bias): whether the prompt contains each token, bool [V], and the logit bias
+        of each token, float32 [V].
 
     Raises:
         ValueError: logit_bias has an id outside the vocabulary.
@@ -186,7 +188,7 @@ def generate(
     cache_dtype: jnp.dtype | str | type = jnp.float32,
     num_ids: int | None = None,
 ) -> Iterator[int]:
-    """Generate the tokens that follow a prompt.
+    """Generate the tokens that follow a prompt, one sequence at a time.
 
     Args:
         params: Weights of the decoder.

@@ -1,11 +1,11 @@
 """Interpretability of decoders: attention maps, logit lens, alternative tokens, head ablation.
 
-Functions from weights and ids to arrays, built on `decoder.forward(..., taps=...)`. `plots.py`
-draws their results.
+The functions take weights and token ids and return arrays, computed with
+`decoder.forward(..., taps=...)`. `plots.py` draws these arrays.
 
 - `attention`: the attention weights of every head (Vaswani et al. 2017, appendix).
 - `logit_lens`: the prediction after each layer, computed by applying the final norm and the head to
-  the residual stream there (nostalgebraist 2020).
+  the residual stream after that layer (nostalgebraist 2020).
 - `alternatives`: the most likely tokens at each position, and the entropy of the prediction.
 - `ablate` and `head_effects`: the model without some heads, and the increase of the loss without
   each head (Michel, Levy & Neubig 2019, arXiv:1905.10650).
@@ -28,7 +28,7 @@ from transformer.decoder import Params, forward, unembed
 
 
 class LogitLens(NamedTuple):
-    """Prediction after each layer. Row 0 is the input of the first layer, the last the output."""
+    """Predictions from the residual stream: row 0 before the first layer, row i after layer i."""
 
     ids: jax.Array  # [L + 1, T, k] int32, most likely next tokens, most likely first
     logprobs: jax.Array  # [L + 1, T, k] float32, natural logarithms
@@ -54,16 +54,17 @@ def attention(params: Params, cfg: Config, ids: Sequence[int]) -> jax.Array:
         ids: Token ids of one sequence, T of them.
 
     Returns:
-        float32 [L, N, T, T]; the last axis sums to 1.
+        The weight of each key (last axis) for each query, float32 [L, N, T, T]; the last axis sums
+        to 1.
 
     Raises:
-        ValueError: There are no ids or too many, or one is not in the vocabulary.
+        ValueError: There are no ids or too many, or an id is not in the vocabulary.
     """
     return _attention(params, cfg, _checked_ids(ids, cfg, 1))
 
 
 def logit_lens(params: Params, cfg: Config, ids: Sequence[int], k: int = 1) -> LogitLens:
-    """Return the most likely next tokens after each layer.
+    """Return the most likely next tokens at each position, predicted after each layer.
 
     Args:
         params: Weights of the decoder.
@@ -109,7 +110,7 @@ def ablate(params: Params, cfg: Config, heads: Collection[tuple[int, int]]) -> P
         heads: (layer, head) of each head to remove, counted from 0.
 
     Returns:
-        The changed weights.
+        The weights with zeros in the columns of the output projections that read these heads.
 
     Raises:
         ValueError: A head does not exist.
@@ -140,7 +141,7 @@ def head_effects(params: Params, cfg: Config, ids: Sequence[int]) -> jax.Array:
     This takes L * N + 1 forward passes.
 
     Returns:
-        Nats per token, float32 [L, N]. Negative where the loss is lower without the head.
+        Nats per token, float32 [L, N]; negative if the loss is lower without the head.
 
     Raises:
         ValueError: As `alternatives`.

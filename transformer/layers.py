@@ -1,13 +1,14 @@
-"""The layers that every block is made of: linear maps, norms and the token embedding.
+"""The layers that every block consists of: linear maps, norms and the token embedding.
 
 A `Linear` stores its weight as [out, in], the order of Hugging Face and GGUF files, in float32,
-bfloat16 or int8. The dtype of the weight is the dtype of the product. Activations between layers
-are always float32, and products accumulate in float32 (int32 for int8). The implementations of
-products and norms are in `kernels`.
+bfloat16 or int8. The matrix product is computed in the dtype of the weight. Activations between
+layers are always float32, and products accumulate in float32 (int32 for int8). The implementations
+of products and norms are in `kernels`.
 
-`quantize` makes int8 weights with one scale per output row. The activations are quantized before
-the product with one scale per token, so the product is exact integer arithmetic (the "W8A8" of
-LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, without its outlier path).
+`quantize` converts weights to int8 with one scale per output row. The activations are quantized
+before the product with one scale per token, so the product is exact integer arithmetic (the "W8A8"
+of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, without its separate float path for
+outliers).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["embed", "linear", "norm", "quantize"]
 
 
 def quantize(p: Linear) -> Linear:
-    """Return `p` in int8; each output row is scaled so that its largest magnitude becomes 127."""
+    """Return `p` in int8, with each output row scaled so that its largest magnitude is 127."""
     scale = jnp.maximum(jnp.max(jnp.abs(p.weight), axis=-1), 1e-30) / 127.0  # [..., out]
     weight = jnp.round(p.weight / scale[..., None]).astype(jnp.int8)
     return p.replace(weight=weight, scale=scale)

@@ -3,15 +3,15 @@
 The change of a weight W [out, in] in fine-tuning is approximated by a low-rank product:
 W + scale * B A, with A [r, in] and B [out, r]. B is initialized to zeros, so that training starts
 from the base model. `apply` keeps A and B separate from the weights, which may be int8; `merge`
-adds the product to the weights, so that the adapter costs nothing at inference.
+adds the product to the weights, so that inference costs the same as without an adapter.
 
 An adapter is a tree of arrays that `jax.grad` and optimizers accept: a tuple with one dictionary
 {"q": Lora, ...} per layer. On disk it is `adapter_config.json` and `adapter_model.safetensors`, the
 files of PEFT.
 
-Leaves out: adapters of the token embedding and of experts, DoRA, different ranks per linear map,
-and initializations that change the base model (such as PiSSA). Files that use them are rejected
-with the name of the key.
+Not supported: adapters of the token embedding and of experts, DoRA, different ranks per linear map,
+and initializations that change the base model (such as PiSSA). Files that use one of these are
+rejected with the name of the key.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ def init(
     alpha: float,
     target_modules: Sequence[str] | None = None,
 ) -> Adapter:
-    """Return an initial adapter of every layer, with random A and zero B, in float32.
+    """Return an initial adapter for every layer, with random A and zero B, in float32.
 
     Args:
         key: Random key.
         cfg: Config of the decoder.
         rank: r, the rows of A and columns of B.
-        alpha: The adapter is scaled by alpha / rank.
-        target_modules: Names of the linear maps to adapt. Maps that a layer does not have are
-            ignored; None: all maps that can be adapted.
+        alpha: Numerator of the scale of the adapter, which is alpha / rank.
+        target_modules: Names of the linear maps to adapt, from TARGET_MODULES. Maps that a layer
+            does not have are ignored. None: all maps that can have an adapter.
 
     Returns:
         The adapter.
@@ -139,9 +139,10 @@ def shared_modules(cfg: Config) -> tuple[str, ...]:
 
 
 def apply(params: Params, adapter: Adapter) -> Params:
-    """Return the model with the adapter next to its weights, which may have any dtype.
+    """Return the weights with the adapter stored beside them; they may have any dtype.
 
-    An adapter that was applied earlier to the same linear maps is replaced.
+    If the weights are rotated (`quarot.py`), the adapter is rotated to match. An adapter that was
+    applied earlier to the same linear maps is replaced.
     """
     if params.folded_norm_weights is not None:
         adapter = tuple(
@@ -152,7 +153,7 @@ def apply(params: Params, adapter: Adapter) -> Params:
 
 
 def merge(params: Params, adapter: Adapter) -> Params:
-    """Return the model with the adapter added to its weights.
+    """Return the weights with the low-rank product of the adapter added to them.
 
     Raises:
         ValueError: The weights are int8, which cannot represent the sum; merge before quantizing.
@@ -160,7 +161,10 @@ def merge(params: Params, adapter: Adapter) -> Params:
 
     def add(linear: Linear, lora: Lora) -> Linear:
         if linear.scale is not None:
-            raise ValueError("an adapter cannot be merged into int8 weights; apply it instead")
+            raise ValueError(
+                "an adapter cannot be merged into int8 weights; use lora.apply, or load the model "
+                "with another dtype"
+            )
         delta = lora.scale * jnp.dot(lora.b, lora.a, preferred_element_type=jnp.float32)
         weight = linear.weight.astype(jnp.float32) + delta
         return linear.replace(weight=weight.astype(linear.weight.dtype), lora=None)
@@ -246,7 +250,7 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
 
     Raises:
         ValueError: Ranks or scales differ, or maps that share a tensor (queries, keys and values of
-            GPT-2) do not share A.
+            GPT-2) do not have the same A.
     """
     tensors: dict[str, np.ndarray] = {}
     adapted, all_modules, settings = set(), set(), set()
@@ -263,8 +267,8 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
                 continue
             if len(loras) < len(names) or any((lora.a != loras[0].a).any() for lora in loras[1:]):
                 raise ValueError(
-                    f"{source.name} stores one A for {', '.join(names)}; an adapter of only some "
-                    "of them or with different A cannot be saved: merge it into the model"
+                    f"{source.name} is one tensor for {', '.join(names)}, which must all have an "
+                    "adapter with the same A to be saved; merge the adapter into the model instead"
                 )
             tensors[_tensor_name(source, "A")] = np.asarray(loras[0].a)
             b = [np.asarray(lora.b) for lora in loras]
@@ -298,7 +302,7 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
 
 
 def _tensor_sources(cfg: Config) -> list[dict[str, TensorSource]]:
-    """Return for each layer the Hugging Face tensor of each linear map."""
+    """Return the Hugging Face tensor of each linear map, as one dictionary per layer."""
     tree = tensor_sources(cfg, "hf", architecture=families.to_hf(cfg)["model_type"])
     return [
         {
@@ -319,7 +323,7 @@ def _tensor_name(source: TensorSource, letter: str) -> str:
 
 
 def _is_target(source: TensorSource, layer: int, config: Mapping[str, Any]) -> bool:
-    """Whether the config lists this weight as a target; a pattern instead of a list is ignored."""
+    """Return whether `target_modules` lists this weight; False if it is a regex, not a list."""
     targets, layers = config["target_modules"], config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     if not isinstance(targets, list) or (layers and layer not in layers):
@@ -328,7 +332,11 @@ def _is_target(source: TensorSource, layer: int, config: Mapping[str, Any]) -> b
 
 
 def _check(config: Mapping[str, Any], path: Path) -> tuple[int, float]:
-    """Return rank and scale, or raise ValueError if the config is invalid or not supported."""
+    """Return rank and scale of an adapter_config.json.
+
+    Raises:
+        ValueError: The config is invalid or not supported.
+    """
     for key, value in config.items():
         if key in _SUPPORTED_VALUES:
             if value not in _SUPPORTED_VALUES[key]:

@@ -1,7 +1,7 @@
-"""Packing of texts of many lengths into batches of few shapes, so that few programs are compiled.
+"""Pack texts of many lengths into batches of few shapes, so that few programs are compiled.
 
 To avoid padding, several texts share a row. Texts are processed in descending order of length. Each
-goes into the row with the least free space that still holds it ("best fit decreasing"; for language
+text is put into the row with the least sufficient free space ("best fit decreasing"; for language
 models Krell et al. 2021, arXiv:2107.02027), or into a new row of the smallest sufficient width.
 `segments` separates the texts of a row. Rows of one width are then grouped into batches whose sizes
 are powers of two.
@@ -16,19 +16,20 @@ import numpy as np
 
 LENGTH_BUCKETS = (32, 64, 128, 256, 512)  # row widths, in tokens
 BATCH_TOKENS = 1024  # maximum of a batch, including padding; a wider row is a batch by itself
-_MIN_TOKENS = 4  # a row holds at most one text per four tokens of its width
+_MIN_TOKENS = 4  # a row has at most one text per four tokens of its width
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows that are computed together.
+    """A batch of rows, each with one or several of the n texts of the batch.
 
     Attributes:
-        ids: int32 [B, T]; B is a power of two, and T is one of the row widths.
-        segments: int32 [B, T]: 1, 2, ... for the texts of a row, 0 for padding.
-        text_indices: int32 [n], index in the input of each text of the batch.
-        rows: int32 [n], row of each text.
-        slots: int32 [n], segment number of each text minus one.
+        ids: Token ids, int32 [B, T]; B is a power of two, and T is one of the row widths.
+        segments: Number of the text of each token within its row, int32 [B, T]: 1, 2, ..., and 0
+            for padding.
+        text_indices: Index of each text in the argument of `pack`, int32 [n].
+        rows: Row of each text, int32 [n].
+        slots: Segment number of each text minus one, int32 [n].
     """
 
     ids: np.ndarray
@@ -43,10 +44,10 @@ class PackedBatch:
         return max_texts(self.ids.shape[1])
 
     def fill(self, values: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return a value for each token, int32 [B, T], and 0 for padding.
+        """Arrange per-token values, such as token types, like `ids`: int32 [B, T], 0 for padding.
 
         Args:
-            values: For each text of the input, a value for each of its tokens.
+            values: One sequence per text of the argument of `pack`, with one integer per token.
         """
         filled = np.zeros_like(self.ids)
         for text, row, slot in zip(self.text_indices, self.rows, self.slots, strict=True):
@@ -65,7 +66,10 @@ def length_buckets(longest: int) -> tuple[int, ...]:
 
 
 def batch_shapes(longest: int) -> list[tuple[int, int]]:
-    """Return all shapes [B, T] of `pack` for texts of at most `longest` tokens, smallest first."""
+    """Return all batch shapes (B, T) of `pack` for texts of at most `longest` tokens.
+
+    They are sorted by the number of tokens B * T, ascending.
+    """
     shapes = []
     for width in length_buckets(longest):
         num_rows = 1
@@ -83,7 +87,7 @@ def pack(texts: Sequence[Sequence[int]], longest: int) -> Iterator[PackedBatch]:
         longest: Maximum number of tokens of a text, which is also the width of the widest row.
 
     Yields:
-        Batches that together hold each text once.
+        Batches; each text is in exactly one of them.
 
     Raises:
         ValueError: A text is empty or longer than `longest`.
@@ -105,9 +109,9 @@ def pack(texts: Sequence[Sequence[int]], longest: int) -> Iterator[PackedBatch]:
 
 
 def _best_fit(lengths: list[int], widths: tuple[int, ...]) -> dict[int, list[list[int]]]:
-    """Assign texts to rows; return for each width the rows as lists of indices into `lengths`."""
+    """Assign texts to rows; return width -> rows, each a list of indices into `lengths`."""
     rows: dict[int, list[list[int]]] = {width: [] for width in widths}
-    # by_space[n]: rows with n free tokens, each with the number of texts it may hold.
+    # by_space[n]: rows with n free tokens, each with its maximum number of texts.
     by_space: list[list[tuple[list[int], int]]] = [[] for _ in range(widths[-1] + 1)]
     for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[text]

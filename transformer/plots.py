@@ -18,7 +18,7 @@ MAX_TOKENS = 48  # the labels of more tokens would not be legible
 
 
 def attention(maps: np.ndarray, tokens: Sequence[str], layer: int, path: str | Path) -> None:
-    """Plot the attention weights of one layer, a square per head with a row per query.
+    """Plot the attention weights of one layer: one square per head, with one row per query.
 
     Args:
         maps: Attention weights of `interpret.attention`, [L, N, T, T].
@@ -32,7 +32,7 @@ def attention(maps: np.ndarray, tokens: Sequence[str], layer: int, path: str | P
     maps = np.asarray(maps)
     _check(tokens, maps.shape[2])
     if not 0 <= layer < len(maps):
-        raise ValueError(f"there is no layer {layer}: layers are 0 to {len(maps) - 1}")
+        raise ValueError(f"layer must be from 0 to {len(maps) - 1}, got {layer}")
     num_heads = maps.shape[1]
     columns = min(range(3, 7), key=lambda n: -num_heads % n) if num_heads > 6 else num_heads
     rows = -(-num_heads // columns)
@@ -94,7 +94,7 @@ def logit_lens(
 def alternatives(
     result: Alternatives, tokens: Sequence[str], likely: Sequence[Sequence[str]], path: str | Path
 ) -> None:
-    """Plot for each position the entropy and the most likely tokens.
+    """Plot the entropy of the prediction and the most likely tokens at each position.
 
     Args:
         result: Result of `interpret.alternatives`.
@@ -143,7 +143,7 @@ def alternatives(
 
 
 def head_effects(effects: np.ndarray, path: str | Path) -> None:
-    """Plot the increase of the loss without each head: red is an increase, blue a decrease.
+    """Plot the change of the loss when each head is removed: red for an increase, blue a decrease.
 
     Args:
         effects: Result of `interpret.head_effects`, [L, N].
@@ -180,7 +180,7 @@ def _save(figure: Any, path: str | Path) -> None:
 
 def _check(tokens: Sequence[str], expected: int) -> None:
     if len(tokens) != expected:
-        raise ValueError(f"there must be {expected} labels, one per token, got {len(tokens)}")
+        raise ValueError(f"expected {expected} labels, one per token, got {len(tokens)}")
     if expected > MAX_TOKENS:
         raise ValueError(f"at most {MAX_TOKENS} tokens can be drawn, got {expected}")
 

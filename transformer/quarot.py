@@ -1,4 +1,4 @@
-"""Rotation of the weights, so that int8 activations have no outlier channels (QuaRot).
+"""Rotate the weights of a decoder, so that int8 activations have no outlier channels (QuaRot).
 
 After QuaRot (Ashkboos et al. 2024, arXiv:2404.00456); norm weights are folded as in SliceGPT
 (arXiv:2401.15024).
@@ -21,7 +21,7 @@ Q is a diagonal of random signs followed by a cosine transform over each axis of
 reshaped to an a x b grid. It is orthogonal for every width D = a b and costs D (a + b) operations
 instead of D^2.
 
-Leaves out: models with layer norms (they subtract a mean, which Q changes) or with norms after
+Not supported: models with layer norms (they subtract a mean, which Q changes) or with norms after
 attention and MLP (see `can_rotate`), and the paper's rotations inside heads and MLP.
 """
 
@@ -48,21 +48,21 @@ OUTPUT_PROJECTIONS = ("out", "down")
 
 
 def can_rotate(cfg: Config) -> bool:
-    """Whether a decoder of this config computes the same function with rotated weights."""
+    """Return whether a decoder of this config computes the same function with rotated weights."""
     return cfg.norm == "rms" and not cfg.post_norms and cfg.position == "rope"
 
 
 def int8_skip_modules(cfg: Config) -> tuple[str, ...]:
-    """Return the linear maps that stay bfloat16 in an int8 model.
+    """Return the names of the linear maps that stay bfloat16 in an int8 model.
 
-    These are the output projections if the weights cannot be rotated: their inputs have outlier
-    channels too.
+    These are the output projections if the weights cannot be rotated, because the inputs of output
+    projections have outlier channels too.
     """
     return () if can_rotate(cfg) else OUTPUT_PROJECTIONS
 
 
 def rotate_input_weight(weight: Any, norm_weight: Any = None) -> Any:
-    """Rotate an input projection or the token embedding; both may be a slice of rows.
+    """Rotate an input projection or the token embedding, or some rows of either.
 
     Args:
         weight: NumPy or JAX array, float32 [R, D].

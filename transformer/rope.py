@@ -7,11 +7,11 @@ converts them. This file computes the angles; `kernels.rotate` applies them.
 
 To extend the context beyond the pretraining length, RoPE scaling lowers the low frequencies, so
 that no angle exceeds the range of pretraining. High frequencies, which distinguish neighbouring
-positions, stay. This is the rule of Llama 3 and of YaRN (Peng et al. 2023, arXiv:2309.00071); YaRN
-also multiplies the scores. Linear scaling lowers all frequencies (Chen et al. 2023,
-arXiv:2306.15595). LongRoPE (Ding et al. 2024, arXiv:2402.13753) divides each frequency by a number
-found by search, and has two tables of them: one for sequences up to the original context, one for
-longer sequences.
+positions, are not changed. This is the rule of Llama 3 and of YaRN (Peng et al. 2023,
+arXiv:2309.00071); YaRN also multiplies the attention scores. Linear scaling lowers all frequencies
+(Chen et al. 2023, arXiv:2306.15595). LongRoPE (Ding et al. 2024, arXiv:2402.13753) divides each
+frequency by a factor found by search, and has two lists of factors: one for sequences up to the
+original context, one for longer sequences.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def frequencies(
         head_dim: H, the number of rotated channels, even.
         theta: Base of the geometric sequence of wavelengths.
         scaling: RoPE scaling, or None.
-        length: Number of positions of the sequences, int [...], which selects the table of
-            LongRoPE; other types ignore it. None selects the table of short sequences.
+        length: Number of positions of the sequences, int [...], which selects the factors of
+            LongRoPE; other types ignore it. None selects the factors of short sequences.
 
     Returns:
         Radians per position, float32 [H/2]; with LongRoPE and an array `length` [..., H/2].
@@ -90,8 +90,8 @@ def angles(
         head_dim: H, the number of rotated channels, even.
         theta: Base of the geometric sequence of wavelengths.
         scaling: RoPE scaling, or None.
-        max_length: Number of positions that the sequences can have, from which LongRoPE selects
-            its table. None: it selects for each row by the largest position of the row.
+        max_length: Number of positions that the sequences can reach, which selects the factors of
+            LongRoPE. None: the largest position of each row selects them.
 
     Returns:
         (cos, sin), each float32 [B, T, 1, H/2], which broadcast over heads.

@@ -1,14 +1,16 @@
 """Sampling of the next token: penalties, temperature, truncation and a random draw.
 
 Each row of a batch has its own parameters and is sampled separately (`jax.lax.map`), with a random
-key derived from its seed, choice and step. A request therefore gets the same tokens in every batch.
-The order is: penalties, bias, temperature, top-k, top-p, min-p, draw.
+key derived from its seed, the index of the choice (0 to n - 1) and the number of generated tokens.
+A request therefore gets the same tokens in every batch. The order is: penalties, bias, temperature,
+top-k, top-p, min-p, random draw.
 
 - top-p ("nucleus sampling") is Holtzman et al. 2019, arXiv:1904.09751; min-p is Nguyen et al. 2024,
   arXiv:2407.01082; the repetition penalty is CTRL, Keskar et al. 2019, arXiv:1909.05858.
-- The draw is the Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample of their
-  softmax. It needs no cumulative sum.
-- Truncation (`kernels.truncate`) needs no sort; tokens tied with the last kept token are kept.
+- The random draw is the Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample of the
+  softmax of the logits. It needs no cumulative sum.
+- Truncation (`kernels.truncate`) needs no sort. Tokens with the same logit as the least likely
+  token within top-k or top-p are not removed.
 
 Presence and frequency penalties count generated tokens; the repetition penalty also counts the
 prompt. Reported log-probabilities are those of the model, before penalties, bias, temperature and
@@ -29,12 +31,12 @@ from flax import struct
 
 from transformer import kernels
 
-MAX_TOP_LOGPROBS = 20  # maximum number of alternatives reported with a token
+MAX_TOP_LOGPROBS = 20  # maximum number of alternatives that are returned with a token
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters of one sequence.
+    """Sampling parameters of one sequence; the defaults sample from the model's distribution.
 
     Raises:
         ValueError: A parameter is out of range or not a number.
@@ -48,8 +50,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted once for each occurrence of a generated token
     # Divides positive and multiplies negative logits of tokens in the prompt or generated.
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    seed: int = 0  # seed of the random draws
 
     def __post_init__(self) -> None:
         ranges = {
@@ -71,7 +73,7 @@ class SamplingParams:
 
     @property
     def is_adjusted(self) -> bool:
-        """Whether penalties or biases change the logits."""
+        """Whether any penalty or bias changes the logits."""
         return bool(
             self.presence_penalty
             or self.frequency_penalty
@@ -81,7 +83,7 @@ class SamplingParams:
 
 
 class SamplingMetadata(struct.PyTreeNode):
-    """Sampling parameters and state of the rows of a batch. Every leaf is [B, ...]."""
+    """Sampling parameters, random seeds and slots of the rows of a batch; leaves are [B, ...]."""
 
     temperature: jax.Array | np.ndarray
     top_p: jax.Array | np.ndarray
@@ -98,7 +100,7 @@ class SamplingMetadata(struct.PyTreeNode):
 
 
 class PenaltyState(struct.PyTreeNode):
-    """State of the penalties, one slot per sequence."""
+    """Token counts and biases that `sample` needs for penalties, with one slot per sequence."""
 
     counts: jax.Array  # int32 [slots, V], number of times each token was generated
     is_in_prompt: jax.Array  # bool [slots, V]
@@ -106,7 +108,7 @@ class PenaltyState(struct.PyTreeNode):
 
 
 class SampleOutput(struct.PyTreeNode):
-    """Token of each row, with its log-probability and the most likely alternatives."""
+    """The sampled token of each row, its log-probability, and the most likely alternatives."""
 
     ids: jax.Array  # int32 [B]
     logprobs: jax.Array  # float32 [B], before penalties, bias, temperature and truncation
@@ -226,7 +228,7 @@ def sample(
 
 
 def gather_logprobs(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> SampleOutput:
-    """Return the log-probability of a given token of each row, and the most likely alternatives.
+    """Return the log-probability of a given token per row, and the most likely alternatives.
 
     Args:
         logits: float32 [B, V].
@@ -234,7 +236,7 @@ def gather_logprobs(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> Sampl
         num_ids: Number of ids of the vocabulary; larger ids are padding of the embedding table.
 
     Returns:
-        `ids` with their log-probabilities, in the form of `sample`.
+        A `SampleOutput` with the given `ids` in place of sampled ones.
     """
     logits = jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
     return SampleOutput(

@@ -1,8 +1,8 @@
-"""Weights that both layers and kernels take: linear maps, adapters, norms.
+"""The weight containers that both layers and kernels take: linear maps, LoRA adapters, norms.
 
 A `Linear` stores its weight as [out, in], the order of Hugging Face and GGUF files, in float32,
-bfloat16 or int8. The dtype of the weight is the dtype of the product. The maps of the experts of a
-layer are one `Linear` with a leading axis in each array.
+bfloat16 or int8. The matrix product is computed in the dtype of the weight. With experts, one
+`Linear` has the maps of all experts of a layer, with a leading axis E in each array.
 """
 
 from __future__ import annotations

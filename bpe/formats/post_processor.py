@@ -23,13 +23,13 @@ def read_post_processor(spec: Any, where: str, vocab: Mapping[str, int]) -> Post
     steps = [spec] if spec is not None else []
     if isinstance(spec, dict) and spec.get("type") == "Sequence":
         steps = get_required(spec, "processors", list, where)
-    found = [_read_step(step, where, vocab) for step in steps if not _is_byte_level(step)]
-    if len(found) > 1:
+    processors = [_read_step(step, where, vocab) for step in steps if not _is_byte_level(step)]
+    if len(processors) > 1:
         raise ValueError(
-            f"{where}: expected at most one step that adds tokens, got {len(found)} in "
+            f"{where}: expected at most one step that adds tokens, got {len(processors)} in "
             f"{short_repr(spec)}"
         )
-    return found[0] if found else PostProcessor()
+    return processors[0] if processors else PostProcessor()
 
 
 def _is_byte_level(step: Any) -> bool:

@@ -52,11 +52,11 @@ def test_tokenizer_model_matches_sentencepiece(load_model, name):
     expected = CONTENT["models"][name]
     user_defined = {"<start_of_turn>", "<sep>"} & encoding.special_tokens.keys()
     for text, ids, decoded in zip(TEXTS, expected["ids"], expected["decoded"], strict=True):
-        found = encoding.encode(text, allowed_special=user_defined, disallowed_special=())
-        if not isinstance(encoding.model, Unigram) or found == ids:
-            assert found == ids, text
+        actual = encoding.encode(text, allowed_special=user_defined, disallowed_special=())
+        if not isinstance(encoding.model, Unigram) or actual == ids:
+            assert actual == ids, text
         else:  # sentencepiece adds scores in float32, so it can choose a path of almost equal score
-            scores = [sum(map(score_of(encoding), path)) for path in (found, ids)]
+            scores = [sum(map(score_of(encoding), path)) for path in (actual, ids)]
             assert scores[0] == pytest.approx(scores[1], abs=1e-4)
         if encoding.unk_id not in ids and "\u2581" not in text:
             assert encoding.decode(ids) == decoded
@@ -200,9 +200,9 @@ def test_gguf_unigram_adds_eos():
     tokenizer = bpe.from_gguf(gguf_metadata(data, "t5", **options))
     assert (tokenizer.add_bos, tokenizer.add_eos) == (False, True)
     for text, ids in zip(TEXTS, CONTENT["models"]["unigram"]["ids"], strict=True):
-        found = tokenizer.encoding.encode_ordinary(text)
+        actual = tokenizer.encoding.encode_ordinary(text)
         if set("\tA\u030a\nfi\u0660\u0661\uff21\u200ba").isdisjoint(text):
-            assert found == ids
+            assert actual == ids
 
 
 @pytest.mark.parametrize(

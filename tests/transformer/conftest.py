@@ -15,7 +15,7 @@ from transformer.decoder import Params
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "transformer"
 TINY = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3")
-# Families whose parts those above have too, or that only one test file needs.
+# Families whose features the families above cover too, or that only one test file needs.
 MORE = (
     "gemma2",
     "phi3",
@@ -52,6 +52,8 @@ INVALID_VALUES = (
 
 
 class Loaded(NamedTuple):
+    """A tiny decoder, and the outputs of transformers for it, by name."""
+
     params: Params
     cfg: Config
     golden: dict[str, np.ndarray]
@@ -59,7 +61,7 @@ class Loaded(NamedTuple):
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[str], Loaded]:
-    """Return a function that loads a tiny decoder and the results of transformers, by family."""
+    """Return a function that loads the tiny decoder of a family, once per session."""
 
     def load(name: str) -> Loaded:
         params, cfg, _ = checkpoint.load(GOLDEN / name)

@@ -380,15 +380,15 @@ def test_gguf_round_trip_is_bitwise_equal(tmp_path, is_tied):
     cfg = Config.debug(tie_embeddings=is_tied, num_layers=3, norm_eps=2**-16)
     params = randomize(decoder.init(jax.random.key(0), cfg))
     write_gguf(tmp_path / "m.gguf", llama_tensors(params, cfg), llama_metadata(cfg))
-    loaded, found, _ = checkpoint.load(tmp_path / "m.gguf")
-    assert found == cfg
+    loaded, loaded_cfg, _ = checkpoint.load(tmp_path / "m.gguf")
+    assert loaded_cfg == cfg
     assert_same(loaded, params)
 
 
 @pytest.mark.parametrize(
     "kind", [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0], ids=lambda k: k.name
 )
-def test_gguf_tensor_type_with_writer_is_dequantized(tmp_path, kind):
+def test_gguf_type_that_package_can_quantize_is_dequantized(tmp_path, kind):
     array = RNG.normal(size=(6, 256)).astype(np.float32)
     write_gguf(tmp_path / "m.gguf", {"x": array}, {}, {"x": kind})
     _, tensors = reader.read(tmp_path / "m.gguf")
@@ -401,9 +401,9 @@ def test_gguf_tensor_type_with_writer_is_dequantized(tmp_path, kind):
 @pytest.mark.parametrize(
     "kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS], ids=lambda k: k.name
 )
-def test_gguf_tensor_type_without_writer_is_dequantized(tmp_path, kind):
+def test_gguf_type_that_package_only_reads_is_dequantized(tmp_path, kind):
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    # 0x2e2e as a half float is 0.1: scales are finite wherever they are in the block.
+    # 0x2e2e as a half float is 0.1, so scales are finite at any position in the block.
     raw = np.where(RNG.random((4, 512 // block * size)) < 0.5, 0x2E, 0x2D).astype(np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("x", raw, raw_dtype=kind)
@@ -553,7 +553,7 @@ def test_load_of_absent_file_raises(tmp_path):
 
 
 def test_first_gpt2_files_without_prefix_are_loaded(tmp_path):
-    """Tensor names lack the prefix "transformer.", and config.json has `n_ctx`."""
+    """In these files, tensor names have no prefix "transformer.", and config.json has `n_ctx`."""
     config = json.loads((GOLDEN / "gpt2" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_ctx": config["n_positions"]}))
     tensors = load_file(GOLDEN / "gpt2" / "model.safetensors")

@@ -38,7 +38,7 @@ def assert_same(first, second) -> None:
 
 
 def split(name: str, folder: Path, tensors_per_file: int = 9) -> list[Path]:
-    """Write a golden GGUF file again in several files, with gguf's own writer."""
+    """Write a golden GGUF file as a split model of several files, with the package `gguf`."""
     source = gguf.GGUFReader(GOLDEN / "gguf" / f"{name}.gguf")
     kind = source.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(folder / f"{name}.gguf", kind, split_max_tensors=tensors_per_file)
@@ -60,7 +60,7 @@ def split(name: str, folder: Path, tensors_per_file: int = 9) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", ["llama-q4_k", "gemma3"])
-def test_split_gguf_equals_the_whole(tmp_path, name):
+def test_split_gguf_loads_like_single_file(tmp_path, name):
     files = split(name, tmp_path)
     assert len(files) > 1 and reader.split_files(files[1]) == files
     params, cfg, _ = checkpoint.load(files[0])
@@ -154,7 +154,7 @@ def test_shard_of_another_model_raises_with_file_and_tensor(tmp_path):
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Yield a list that holds, at the end, the most bytes that the block allocated at a time."""
+    """Measure the memory that a `with` block allocates: yield [peak in bytes], set at its end."""
 
     def allocated() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -178,8 +178,8 @@ def peak_memory() -> Iterator[list[int]]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("num_shards", [0, 3])
-def test_load_peaks_at_the_model_and_its_largest_tensor(model_file, tmp_path, dtype, num_shards):
-    """From GGUF and from shards: not a second copy of the model, nor of a whole file."""
+def test_peak_memory_of_load_is_model_and_largest_tensor(model_file, tmp_path, dtype, num_shards):
+    """Loading GGUF or shards must not need a second copy of the model, or of a whole file."""
     path = model_file("smollm2-135m-instruct")
     if num_shards:
         params, cfg, _ = checkpoint.load(path)
@@ -212,7 +212,7 @@ def test_load_peaks_at_the_model_and_its_largest_tensor(model_file, tmp_path, dt
 
 
 def fp8_folder(folder: Path, dtype, layout: str, quantization: dict, block: int = 16) -> dict:
-    """Write the golden Llama with fp8 projections, and return the weights that they stand for."""
+    """Write the golden Llama with FP8 projections, and return the dequantized weights by name."""
     config = json.loads((GOLDEN / "llama" / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     stored, expected = {}, {}
@@ -240,7 +240,7 @@ def fp8_folder(folder: Path, dtype, layout: str, quantization: dict, block: int 
 
 
 def write_safetensors(path: Path, tensors: dict) -> None:
-    """Write tensors that may be of 8-bit floats, which `safetensors.numpy` does not write."""
+    """Write tensors in float32 or 8-bit floats; `safetensors.numpy` cannot write the latter."""
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()} | {np.dtype("f4"): "F32"}
     header, data = {}, b""
     for name, array in tensors.items():
@@ -262,7 +262,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fp8_is_dequantized(tmp_path, layout, dtype):
+def test_fp8_checkpoint_loads_as_dequantized_weights(tmp_path, layout, dtype):
     quantization = LAYOUTS[layout]
     expected = fp8_folder(tmp_path, DTYPES[dtype], layout, quantization or {})
     params, cfg, _ = checkpoint.load(tmp_path)
@@ -289,7 +289,7 @@ def test_fp8_scale_of_a_wrong_shape_raises(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_other_quantization_is_still_refused(tmp_path):
+def test_unsupported_quantization_is_rejected_with_key(tmp_path):
     fp8_folder(tmp_path, jnp.float8_e4m3fn, "cast", {"quant_method": "aqlm"})
     with pytest.raises(ValueError, match=naming("quantization_config", "aqlm")):
         checkpoint.load(tmp_path)

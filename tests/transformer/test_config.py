@@ -165,7 +165,7 @@ def test_to_hf_then_from_hf_returns_equal_config(cfg):
 
 
 @pytest.mark.parametrize("name", [*TINY, *MORE])
-def test_config_json_of_transformers_is_read(name):
+def test_config_json_of_transformers_round_trips(name):
     cfg = families.from_hf(hf(name))
     assert families.from_hf(families.to_hf(cfg)) == cfg
 
@@ -302,13 +302,13 @@ def test_disabled_window_of_qwen2_is_ignored():
 
 
 def from_transformers_4(name: str, **changes) -> Config:
-    """Read a config without the keys of transformers 5."""
+    """Read a golden config without the keys that only transformers 5 writes."""
     config = hf(name, **changes)
     del config["rope_parameters"]
     return families.from_hf(config)
 
 
-def test_config_of_transformers_4_equals_that_of_5():
+def test_config_of_transformers_4_is_read_like_that_of_5():
     linear = {"type": "linear", "factor": 8.0}
     cfg = from_transformers_4("llama", rope_theta=500.0, rope_scaling=linear)
     assert cfg.rope_theta == 500 and cfg.rope_scaling == LINEAR
@@ -340,8 +340,8 @@ def test_absent_keys_have_defaults_of_transformers():
     assert families.from_hf(qwen).windows == (None, 9)
 
 
-def test_null_of_cap_means_none_and_absence_the_default():
-    """In transformers, too, null switches off what has a default."""
+def test_softcap_is_none_if_null_and_default_if_absent():
+    """As in transformers, null disables a soft cap that has a default."""
     assert families.from_hf(hf("gemma2", attn_logit_softcapping=None)).attn_logit_softcap is None
     config = hf("gemma2")
     del config["attn_logit_softcapping"], config["final_logit_softcapping"]

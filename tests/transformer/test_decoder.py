@@ -107,7 +107,7 @@ ROTARY = {"rope_theta", "rope_scaling", "local_rope_theta"}
 
 
 def is_change(variant, change):
-    """Whether `change` changes the variant but not its shapes (as GPT-2's norm and MLP do)."""
+    """Return whether `change` alters the variant's config, and no shape of its weights."""
     variant = VARIANTS[variant]
     (name,) = change
     return variant.get(name) != change[name] and not (
@@ -121,7 +121,7 @@ def is_change(variant, change):
     [(variant, change) for variant in VARIANTS for change in NUMBERS if is_change(variant, change)],
     ids=str,
 )
-def test_changed_number_changes_logits(variant, change):
+def test_changed_config_field_changes_logits(variant, change):
     cfg = Config.debug(**VARIANTS[variant])
     (name,) = change
     has_effect = not (
@@ -148,7 +148,7 @@ def test_changed_rope_scaling_field_changes_angles(scaling):
 
 
 def test_every_config_field_is_tested():
-    """Every new field needs an entry in NUMBERS or SHAPES, or a golden family that has it."""
+    """Every new field needs an entry in NUMBERS or SHAPES, or a golden family that sets it."""
     wired = {name for change in [*NUMBERS, *SHAPES] for name in change} | {"max_seq_len"}
     golden = [checkpoint.read_config(GOLDEN / name) for name in MORE]
     wired |= {
@@ -190,7 +190,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("change", SHAPES, ids=str)
-def test_changed_variant_changes_shapes(change):
+def test_changed_config_field_changes_shapes(change):
     cfg = Config.debug()
     changed = dataclasses.replace(cfg, **change)
     shapes = [leaf.shape for leaf in jax.tree.leaves(decoder.abstract(cfg))]

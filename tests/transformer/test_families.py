@@ -1,6 +1,6 @@
 """Tests of the families of `conftest.MORE`, each with one forward pass of a golden model.
 
-`test_parity_families.py` compares more of them, live with transformers.
+`test_parity_families.py` compares longer sequences, losses and gradients with transformers.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from transformer.weights import Linear
 
 pytestmark = pytest.mark.heavy
 
-# Compiles faster; the tests run each program once.
+# Faster compilation: the tests run each program only once.
 OPTIONS = {"xla_backend_optimization_level": 0}
 forward = jax.jit(
     decoder.forward, static_argnums=1, static_argnames="taps", compiler_options=OPTIONS
@@ -38,7 +38,8 @@ def test_forward_matches_transformers(tiny, name):
     np.testing.assert_allclose(taps["attention"], golden["attention"], rtol=0, atol=1e-5)
 
 
-# Soft caps with windows; LongRoPE of a part of each head; layers without positions.
+# gemma2: soft caps and windows; phi3: LongRoPE of a part of each head; smollm3: layers without
+# rotation.
 @pytest.mark.parametrize("name", ["gemma2", "phi3", "smollm3"])
 def test_forward_cached_matches_transformers(tiny, name):
     params, cfg, golden = tiny(name)
@@ -59,7 +60,7 @@ def test_forward_cached_matches_transformers(tiny, name):
 
 @pytest.mark.parametrize("name", [name for name in MORE if name != "phi3"])
 def test_float64_decoder_matches_transformers(tiny, name):
-    """All but RoPE scaling."""
+    """`exact.decoder` has no RoPE scaling, so phi3 is left out."""
     params, cfg, golden = tiny(name)
     logits = exact.decoder(params, cfg, golden["ids"])
     np.testing.assert_allclose(logits, golden["logits"][:, -1], rtol=0, atol=1e-4)
@@ -82,8 +83,8 @@ def test_save_then_load_is_bitwise_equal(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["granite", "mixtral", "olmo2"])
-def test_int8_model_is_close(tiny, name):
-    """Rotated with all experts and the router; OLMo 2 has norms that forbid the rotation."""
+def test_int8_logits_are_close_to_float32(tiny, name):
+    """The weights of experts and router are rotated too; OLMo 2 has norms that forbid rotation."""
     params, cfg, golden = tiny(name)
     int8, _, _ = checkpoint.load(GOLDEN / name, dtype="int8")
     layer = int8.layers[0]
@@ -131,7 +132,7 @@ def test_experts_match_reference(rows, dtype, tolerance):
     expected = experts(*arguments, "swiglu", impl="reference")
     actual = experts(*arguments, "swiglu")
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-    if rows == 70:  # no expert has a capacity: all tokens can choose the same ones
+    if rows == 70:  # experts have no capacity limit: all tokens can choose the same two
         chosen = np.broadcast_to(np.array([3, 1], np.int32), arguments[2].shape)
         arguments = (*arguments[:2], chosen, *arguments[3:])
         expected = experts(*arguments, "swiglu", impl="reference")
@@ -139,8 +140,8 @@ def test_experts_match_reference(rows, dtype, tolerance):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_expert_flops_grow_with_chosen_experts_only():
-    """Counted in the loop of the program: one block of one expert each iteration."""
+def test_number_of_expert_products_does_not_depend_on_num_experts():
+    """The program has a loop; each iteration multiplies one block of rows with one expert."""
 
     def loop(num_experts: int) -> tuple[int, int]:
         shapes = [(num_experts, 24, 16)] * 2 + [(num_experts, 16, 24)]
@@ -166,7 +167,7 @@ def test_row_of_experts_is_bitwise_equal_in_every_batch_size():
     np.testing.assert_array_equal(together[:, :2], alone)
 
 
-def test_router_divides_weights_only_if_the_config_says_so():
+def test_router_weights_sum_to_one_only_with_norm_topk_prob():
     cfg = Config.debug(num_experts=4, num_experts_per_tok=2, norm_topk_prob=False)
     y = np.ones((1, 1, 32), np.float32)
     router = np.diag([1.0, 3.0, 2.0, 0.0]).astype(np.float32) @ np.eye(4, 32, dtype=np.float32)
@@ -183,7 +184,7 @@ def test_router_divides_weights_only_if_the_config_says_so():
 
 @pytest.mark.parametrize("name", ["phi3", "gpt_neox"])
 def test_adapter_of_fused_projections_round_trips(tiny, tmp_path, name):
-    """Queries, keys and values have one A; the rows of B are interleaved as those of the weight."""
+    """Queries, keys and values share one A; rows of B are interleaved like rows of the weight."""
     _, cfg, _ = tiny(name)
     adapter = randomize(lora.init(jax.random.key(1), cfg, rank=2, alpha=4))
     shared = lora.shared_modules(cfg)
@@ -248,7 +249,7 @@ QWEN3 = GOLDEN / "qwen3" / "model.safetensors"
         ("olmo2", lambda t: t.update(load_file(QWEN3)), ["model.layers.0.input_layernorm.weight"]),
     ],
 )  # fmt: skip
-def test_tensor_of_wrong_rank_or_model_is_rejected(tmp_path, name, change, facts):
+def test_missing_unknown_or_misshapen_tensor_is_rejected(tmp_path, name, change, facts):
     with pytest.raises(ValueError, match=naming(tmp_path, *facts)):
         checkpoint.load(damaged(tmp_path, name, change))
 

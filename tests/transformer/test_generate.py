@@ -50,7 +50,7 @@ def test_greedy_generation_matches_forward(params, cfg, length):
 
 @pytest.mark.parametrize("sizes", [(256, 64), (64,), (128,), (256,)], ids=str)
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 255, 256, 257, 320, 511])
-def test_chunks_hold_the_prompt_in_order(length, sizes):
+def test_chunks_contain_the_prompt_in_order(length, sizes):
     prompt = list(range(1, length + 1))
     ids_read = []
     for start, ids, last in generate.chunks(prompt, sizes):
@@ -123,7 +123,7 @@ def test_padding_ids_are_never_generated(params, cfg):
     assert set(ids) <= {0, 1, 2}
 
 
-def test_bfloat16_cache_generates(params, cfg):
+def test_generation_with_bfloat16_cache_returns_tokens(params, cfg):
     ids = generate.generate(params, cfg, [1, 2], max_new_tokens=4, cache_dtype=jnp.bfloat16)
     assert len(list(ids)) == 4
 

@@ -1,4 +1,4 @@
-"""Tests of the parts of a layer."""
+"""Tests of norms: batch invariance, and accuracy against float64."""
 
 import jax
 import numpy as np

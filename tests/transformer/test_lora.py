@@ -78,7 +78,7 @@ def test_absent_target_modules_are_ignored():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_adapter_with_narrow_weights_is_close(dtype):
+def test_adapter_on_bfloat16_or_int8_weights_is_close_to_float32(dtype):
     cfg = Config.debug()
     params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = random_adapter(cfg)
@@ -179,7 +179,7 @@ def test_init_with_invalid_argument_raises(kwargs, facts):
 @pytest.mark.parity
 @pytest.mark.parametrize("parts", [lora.TARGET_MODULES, ("q", "down")], ids=["all", "some"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
-def test_saved_adapter_loads_in_peft(tiny, tmp_path, name, parts):
+def test_saved_adapter_gives_same_logits_in_peft(tiny, tmp_path, name, parts):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     params, cfg, golden = tiny(name)

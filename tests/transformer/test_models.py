@@ -112,7 +112,7 @@ def read_whole(params, cfg, ids, columns):
 
 @pytest.mark.slow
 def test_forward_and_batched_decoding_match(model_file):
-    """Default model: `forward` without a cache, and greedy decoding of a batch."""
+    """The default model: `forward` without a cache, and batched decoding, match golden outputs."""
     golden = dict(np.load(GOLDEN / f"{MODELS[0]}.npz"))
     params, cfg, _ = checkpoint.load(model_file(MODELS[0]))
     prompts, lengths = prompts_of(golden), golden["prompt_lengths"]

@@ -22,13 +22,13 @@ WINDOW = 60  # at the end the first block is outside the window
 
 @once
 def reference(name):
-    """Return a random model of this family by transformers, like the golden ones, and ids."""
+    """Return a random model of a family, made by transformers like the golden ones, and ids."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.golden.transformer import make_tiny
 
     config = make_tiny.CONFIGS[name]
-    config.pad_token_id = None  # torch has no gradient of its embedding
+    config.pad_token_id = None  # torch computes no gradient for the embedding of this token
     if name == "gpt2":
         config.n_positions = 512
     elif getattr(config, "sliding_window", None) is not None:
@@ -96,7 +96,7 @@ def test_saved_folder_loads_in_transformers_bitwise_equal(both, tmp_path):
 
 
 def test_longrope_of_rows_with_different_lengths_matches_transformers(tmp_path):
-    """Each row has the table for its own length; in the cache, the table of the context."""
+    """The length of a row selects the LongRoPE factors; with a cache, `max_seq_len` does."""
     import torch
 
     model, ids = reference("phi3")
@@ -118,7 +118,7 @@ def test_longrope_of_rows_with_different_lengths_matches_transformers(tmp_path):
 
 @pytest.mark.parametrize("name", [*TINY, *MORE])
 def test_loss_and_gradients_match_torch(name, tmp_path):
-    """Through the loss of training, which holds no logits, and blockwise attention."""
+    """The gradients pass through the chunked loss of training and blockwise attention."""
     import torch
 
     model, ids = reference(name)
@@ -136,7 +136,7 @@ def test_loss_and_gradients_match_torch(name, tmp_path):
     expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
-    for parameter in model.parameters():  # saved like the weights, and read back
+    for parameter in model.parameters():  # save gradients as weights, to load them as our tree
         gradient = parameter.grad
         parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.clone()
     model.save_pretrained(tmp_path / "gradients")
@@ -160,8 +160,8 @@ LORA_TARGETS = {
 
 
 @pytest.mark.parametrize("name", LORA_TARGETS)
-def test_adapter_of_peft_matches(name, tmp_path):
-    """Also of projections that share one tensor, and so one A."""
+def test_logits_with_adapter_match_peft(name, tmp_path):
+    """Phi-3 and GPT-NeoX have projections that share one tensor, and therefore one A."""
     import torch
 
     peft = pytest.importorskip("peft")
@@ -190,7 +190,7 @@ def test_adapter_of_peft_matches(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
 def test_rotary_frequencies_and_angles_match_transformers(name, tmp_path):
-    """The RoPE scaling is Llama 3's, none, YaRN's and linear; local layers have none."""
+    """The RoPE scaling is llama3, none, yarn and linear; layers with a window are not scaled."""
     import torch
 
     model, _ = reference(name)
@@ -220,7 +220,7 @@ def test_rotary_frequencies_and_angles_match_transformers(name, tmp_path):
             np.testing.assert_allclose(ours[:, :, 0], half, rtol=0, atol=1e-4)
 
 
-TOLERATED = {  # of every family
+TOLERATED = {  # keys that are ignored in every family
     "unsloth_fixed": True,
     "_num_labels": 1,
     "gradient_checkpointing": True,

@@ -45,10 +45,10 @@ def test_greedy_generation_matches_transformers(both):
     for prompt in prompts:
         ours = list(generate.generate(params, cfg, prompt.tolist(), max_new_tokens=64))
         ids = torch.tensor(prompt[None].astype(np.int64))
-        expected, past = [], None
+        expected, kv_cache = [], None
         with torch.inference_mode():
             for _ in range(64):
-                step = theirs(ids, past_key_values=past, use_cache=True)
-                past, ids = step.past_key_values, step.logits[:, -1:].argmax(-1)
+                step = theirs(ids, past_key_values=kv_cache, use_cache=True)
+                kv_cache, ids = step.past_key_values, step.logits[:, -1:].argmax(-1)
                 expected.append(ids.item())
         assert ours == expected

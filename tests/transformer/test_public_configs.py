@@ -251,7 +251,7 @@ PUBLISHED_MORE = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED_MORE)
-def test_published_config_of_other_family_is_read(name, caplog):
+def test_published_config_sets_fields_and_num_params(name, caplog):
     config, num_params, fields = PUBLISHED_MORE[name]
     cfg = families.from_hf(config)
     assert {field: getattr(cfg, field) for field in fields} == fields
@@ -262,7 +262,7 @@ def test_published_config_of_other_family_is_read(name, caplog):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configs_are_read(name):
+def test_published_config_sets_windows_and_num_params(name):
     config, num_params = PUBLISHED[name]
     cfg = families.from_hf(config)
     assert cfg.num_params == num_params
@@ -566,7 +566,7 @@ REFUSED = {
         GPT2_SMALL | dict(scale_attn_by_inverse_layer_idx=True),
         "scale_attn_by_inverse_layer_idx",
     ),
-    "a GPT-2 with a gelu of its own": (
+    "a GPT-2 with ReLU": (
         GPT2_SMALL | dict(activation_function="relu"),
         "activation_function",
     ),
@@ -609,7 +609,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_public_config_is_read(name):
+def test_key_of_public_config_sets_field(name):
     config, field, value = ACCEPTED[name]
     assert getattr(families.from_hf(config), field) == value
 
@@ -623,13 +623,13 @@ def test_unsupported_public_config_is_rejected_with_key(name):
 
 NEUTRAL = {
     "no window": dict(sliding_window=0),
-    "no window, of old": dict(sliding_window=-1),
+    "no window in old files": dict(sliding_window=-1),
     "flash attention without a window": dict(window_size=[-1, -1]),
     "MPT without clipping": dict(clip_qkv=0),
     "no vision": dict(vision_config={}, audio_config={}, text_config={}),
     "no options of MPT": dict(attn_config={}, ffn_config={}),
-    "the activation by Nemotron's name": dict(mlp_hidden_act="silu"),
-    "positions in every layer, whatever the interval": dict(
+    "activation in the key of Nemotron": dict(mlp_hidden_act="silu"),
+    "rotation in every layer, with an unused interval": dict(
         no_rope_layers=[1, 1], no_rope_layer_interval=4
     ),
     "no scaling": dict(rope_scaling=False),
@@ -658,7 +658,7 @@ NOT_NEUTRAL = {
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_neutral_value_is_accepted(name):
+def test_neutral_value_does_not_change_config(name):
     """Bug: these keys were rejected, although they do not change a Llama."""
     assert families.from_hf(changed(TINYLLAMA, **NEUTRAL[name])) == families.from_hf(
         changed(TINYLLAMA)
@@ -671,7 +671,7 @@ def test_other_value_than_neutral_is_rejected(key):
         families.from_hf(changed(TINYLLAMA, **NOT_NEUTRAL[key]))
 
 
-# Kind -> the reader of its config.json, and one that it reads.
+# model_type -> the reader of its config.json, and a valid config.json.
 OTHERS = {
     "bert": (encoder.Config.from_hf, encoder.Config.debug().to_hf()),
     "whisper": (audio.config.Config.from_hf, audio.config.Config.debug().to_hf()),
@@ -680,7 +680,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("key", config_keys.CONFIG)
 def test_every_table_key_with_other_value_is_rejected(key):
-    """In every family: the family uses the key, or it is rejected with its name."""
+    """Every family that does not use the key rejects an invalid value with the key's name."""
     for name in (*TINY, *MORE):
         family = families.FAMILIES[hf(name)["model_type"]]
         own = {
@@ -706,7 +706,7 @@ def test_every_table_key_with_other_value_is_rejected(key):
 
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("key", config_keys.CONFIG)
-def test_every_table_key_is_rejected_for_other_models(kind, key):
+def test_every_table_key_is_rejected_for_bert_and_whisper(kind, key):
     """Bug: `scale_depth` in the config of a Whisper raised AttributeError."""
     from_hf, config = OTHERS[kind]
     for value in ("x", 7, [7], {"x": 7}):
@@ -769,11 +769,11 @@ GGUF_NEUTRAL = {
     },
     "a window as long as the context": {"llama.attention.sliding_window": 131072},
     "layout of Meta's files": {"llama.tensor_data_layout": "Meta AI original pth"},
-    "of an importance matrix": {
+    "keys of an importance matrix": {
         "quantize.imatrix.file": "imatrix.dat",
         "quantize.imatrix.entries_count": 112,
     },
-    "of the only part": {"split.no": 0, "split.count": 1, "split.tensors.count": 147},
+    "split keys of a single file": {"split.no": 0, "split.count": 1, "split.tensors.count": 147},
     "unknown": {"llama.frobnicate": 1, "mradermacher.quantized_by": "x", "general.url": "x"},
 }
 GGUF_REFUSED = {
@@ -797,7 +797,7 @@ GGUF_REFUSED = {
 
 
 @pytest.mark.parametrize("name", GGUF_NEUTRAL)
-def test_neutral_gguf_keys_are_accepted(name):
+def test_neutral_gguf_keys_do_not_change_config(name):
     expected = families.from_gguf(LLAMA_GGUF, has_head=False)
     assert families.from_gguf(LLAMA_GGUF | GGUF_NEUTRAL[name], has_head=False) == expected
     assert expected.num_params == 1_235_814_400
@@ -816,7 +816,7 @@ def test_every_gguf_table_key_with_other_value_is_rejected(key):
 
 
 def test_gguf_rope_scaling_matches_llama_cpp():
-    """The default type is linear; the default original length of YaRN is the context."""
+    """The default type is linear; YaRN's original length defaults to the context length."""
 
     def scaling(**keys) -> RopeScaling | None:
         keys = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}

@@ -86,7 +86,7 @@ def test_layer_norm_and_post_norms_cannot_be_rotated(fields):
 
 
 def test_rotation_reduces_int8_error_of_outliers():
-    """A channel forty times as large as the others leaves few of the 127 steps for them."""
+    """A channel forty times as large as the others leaves few of the 127 int8 steps for those."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(16, 64)).astype(np.float32)
     rows[:, 3] *= 40
@@ -100,7 +100,7 @@ def test_rotation_reduces_int8_error_of_outliers():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_loaded_int8_model_is_close(name):
+def test_int8_logits_are_close_to_float32(name):
     loaded, cfg, _ = checkpoint.load(GOLDEN / name, dtype="int8")
     params, _, _ = checkpoint.load(GOLDEN / name)
 

@@ -1,8 +1,8 @@
-"""Loading and saving of weights: find tensors by name, convert them and fill the tree of `Params`.
+"""Load and save weights: find tensors by name, convert them and fill the tree of `Params`.
 
-Loading is strict: a tensor that is missing, unknown or of another shape raises. Tensors are loaded
-one after another, and large ones in slabs of rows, so that the peak memory is little more than the
-size of the weights in their final dtype.
+Loading is strict: a tensor that is missing, unknown or of another shape raises ValueError. Tensors
+are loaded one after another, and large ones in slabs of rows, so that the peak memory is little
+more than the size of the weights in their final dtype.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from transformer.weights import Linear
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
-# Rotary tables and masks that some exporters store, although they follow from the config.
+# Rotary frequencies and masks that some exporters store, although they follow from the config.
 _IGNORED_TENSORS = (
     "rotary_emb.inv_freq",
     *(".attn.bias", ".attn.masked_bias"),  # GPT-2
     *(".attention.bias", ".attention.masked_bias"),  # GPT-NeoX
 )
-# The prefix of all tensor names except the head's; a model saved without its head has no prefix.
+# The prefix of the tensor names of a model with a head, except the head itself.
 _PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}
-_PREFIX = "model."  # of the other families
+_PREFIX = "model."  # the prefix in the other families
 _HEADS = ("lm_head.weight", "embed_out.weight")
-# GGUF tensors with numbers that the config holds: RoPE scaling of Llama 3 and LongRoPE.
+# GGUF tensors with numbers that belong to the config: RoPE scaling of Llama 3 and LongRoPE.
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 _SLAB_BYTES = 16 * 2**20  # size of the float32 rows converted at once
 
 
 class Header(NamedTuple):
-    """Content of the files of a decoder, except the data of the weights.
+    """The metadata, the config and the tensor index of a decoder's files, without weight data.
 
     Attributes:
         metadata: Metadata of the GGUF file, or the content of config.json.
-        tensors: Lazily read tensors by name.
+        tensors: Tensor name -> tensor whose data is read later.
         cfg: Config of the decoder.
         scheme: Naming scheme of the tensors, "hf" or "gguf".
-        architecture: model_type of config.json or general.architecture of the GGUF file.
+        architecture: model_type in config.json, or general.architecture in the GGUF file.
     """
 
     metadata: Mapping[str, Any]
@@ -77,11 +77,11 @@ def load(
 
     Args:
         path: A `.gguf` file, or a folder with config.json and safetensors.
-        dtype: Dtype of the weights of linear maps and of the embedding; norms and biases stay
+        dtype: Dtype of the weights of linear maps and of the embedding; norms and biases are always
             float32. "int8" also rotates the weights (`quarot.py`), or keeps the output projections
             in bfloat16 if they cannot be rotated.
-        on_progress: Called with the fraction of the tensors loaded so far.
-        header: Header of these files, if it was read before.
+        on_progress: Called with the fraction of the tensors loaded so far, from 0 to 1.
+        header: Result of `read_header(path)`, if the caller has read it already.
 
     Returns:
         The weights, the config, and the metadata of the GGUF file or the content of config.json.
@@ -102,7 +102,7 @@ def read_config(path: Path) -> Config:
 
 
 def read_header(path: Path) -> Header:
-    """Read the metadata, the config and the tensor names and shapes; raises as `load`."""
+    """Read the metadata, the config, and names and shapes of the tensors; raises as `load`."""
     if path.is_dir():
         metadata, tensors = safetensors.read(path, ignore=_IGNORED_TENSORS)
         cfg, scheme, architecture = families.from_hf(metadata), "hf", metadata["model_type"]
@@ -128,10 +128,15 @@ def read_header(path: Path) -> Header:
 
 
 def with_prefix(tensors: Mapping[str, LazyTensor], architecture: str) -> Mapping[str, LazyTensor]:
-    """Return the tensors of a Hugging Face folder with the names of a whole model of its type.
+    """Rename the tensors of a Hugging Face folder as in a model that was saved with its head.
 
-    A model that was saved without its head has no prefix, as in GPT-2's first files. GPT-NeoX's
-    head has two names: transformers 5 writes the one of other families.
+    Tensor names of a model that was saved without its head have no prefix (GPT-2's first files).
+    The head of a GPT-NeoX has two names: `embed_out`, and the `lm_head` that transformers 5 writes,
+    as in other families.
+
+    Args:
+        tensors: Tensors by name.
+        architecture: model_type in config.json.
     """
     prefix = _PREFIXES.get(architecture, _PREFIX)
     if not any(name.startswith(prefix) for name in tensors):
@@ -170,7 +175,7 @@ def build_params(
         cfg: Config of the decoder.
         scheme: As in `Header`.
         architecture: As in `Header`.
-        path: Path of the files, for messages.
+        path: Path of the files, for error messages.
         dtype: As in `load`.
         on_progress: As in `load`.
 
@@ -224,7 +229,10 @@ def build_params(
 def _match_tensors(
     tensors: Mapping[str, LazyTensor], cfg: Config, scheme: str, architecture: str, path: Path
 ) -> tuple[Any, Any, int]:
-    """Return the trees of sources and of shapes that the tensors match, and the number of tensors.
+    """Check the tensors against the config.
+
+    Returns:
+        The tree of `TensorSource`, the tree of `ArrayInfo`, and the number of tensors.
 
     Raises:
         ValueError: A tensor is missing, unknown, or of another shape.
@@ -265,7 +273,7 @@ def check_tied(tensors: Mapping[str, LazyTensor], head: str, embedding: str, pat
         tensors: Tensors by name.
         head: Name of the head's tensor.
         embedding: Name of the embedding's tensor; if it is missing, nothing is checked.
-        path: Path of the files, for messages.
+        path: Path of the files, for error messages.
 
     Raises:
         ValueError: The tensors differ.
@@ -283,8 +291,8 @@ def check_tied(tensors: Mapping[str, LazyTensor], head: str, embedding: str, pat
             break
     if not is_same:
         raise ValueError(
-            f"{path}: {head} differs from {embedding}, but the config ties them; set "
-            "tie_word_embeddings to false in config.json if the embeddings are not tied"
+            f"{path}: {head} differs from {embedding}, but tie_word_embeddings is true; set it to "
+            "false in config.json if the embeddings are not tied"
         )
 
 
@@ -305,7 +313,7 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
             "int8 weights cannot be saved; save the float weights they were quantized from"
         )
     config = families.to_hf(cfg)
-    slices: dict[str, list[np.ndarray]] = {}
+    parts_by_tensor: dict[str, list[np.ndarray]] = {}
 
     sources: dict[str, TensorSource] = {}
 
@@ -314,11 +322,11 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
         for e, (source, _) in enumerate(tensors_of(weight, array.shape)):
             part = numbers if source is weight else numbers[e]
             sources.setdefault(source.name, source)
-            slices.setdefault(source.name, []).append(part)  # in the order of their rows
+            parts_by_tensor.setdefault(source.name, []).append(part)  # in the order of their rows
 
     jax.tree.map(add, tensor_sources(cfg, "hf", architecture=config["model_type"]), params)
     tensors = {}
-    for name, arrays in slices.items():
+    for name, arrays in parts_by_tensor.items():
         joined = join_rows(sources[name], arrays, cfg.head_dim)
         joined = joined.T if sources[name].is_transposed else joined
         tensors[name] = np.ascontiguousarray(joined)
@@ -359,7 +367,7 @@ def _slabs(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first row, float32 rows) of the weight that `weight` describes, in order.
 
-    The rows of experts are counted through: expert 1 begins with row F.
+    The rows of all experts are numbered consecutively: those of expert 1 follow those of expert 0.
     """
     if len(shape) == 3 and "{e}" not in weight.name:  # all experts in one tensor
         for e in range(shape[0]):
@@ -394,7 +402,7 @@ def _slabs_of_tensor(
 def _rotated_outputs(
     slabs: Iterable[tuple[int, np.ndarray]], num_rows: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Rotate an output projection, or those of all experts one after another.
+    """Rotate an output projection, or the output projections of all experts one by one.
 
     Args:
         slabs: Slabs of the weight in order.

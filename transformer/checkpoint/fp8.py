@@ -1,9 +1,9 @@
-"""Weights in 8-bit floats, with their scales, as FP8 checkpoints of Hugging Face store them.
+"""Read FP8 checkpoints of Hugging Face: weights in 8-bit floats, and their scales.
 
-A weight is the product of its 8-bit floats and their scales: one for the tensor, one for each row,
-or one for each block of 128 x 128. `NAME.weight_scale_inv` (DeepSeek, Qwen3) and
-`NAME.weight_scale` (compressed-tensors, FBGEMM) both hold factors of the weight. The scales of
-activations are for computing in 8-bit floats, which is not done here; they are ignored.
+A weight is the product of its 8-bit floats and their scales: one scale per tensor, per row, or per
+block of 128 x 128. Despite their names, `NAME.weight_scale_inv` (DeepSeek, Qwen3) and
+`NAME.weight_scale` (compressed-tensors, FBGEMM) are both multiplied with the weight. Scales of
+activations are ignored, because weights are dequantized when they are read.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def dequantize(
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Return a config without its FP8 quantization, and tensors multiplied by their scales.
 
-    Another quantization, or none, is returned unchanged.
+    If the config has no quantization, or another one, config and tensors are returned unchanged.
 
     Args:
         config: Content of config.json.
         tensors: Tensors by name.
 
     Raises:
-        ValueError: A scale has no weight, or does not have its shape.
+        ValueError: A scale has no weight, or its shape does not fit the shape of the weight.
     """
     config, tensors = dict(config), dict(tensors)
     key = "quantization_config"
@@ -67,7 +67,7 @@ def dequantize(
 
 
 def _is_fp8(quantization: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` describes weights of 8-bit floats."""
+    """Return whether a `quantization_config` describes weights in 8-bit floats."""
     method = quantization.get("quant_method")
     if method == "compressed-tensors":
         return quantization.get("format") in ("float-quantized", "naive-quantized")
@@ -79,7 +79,10 @@ def _is_fp8(quantization: Mapping[str, Any]) -> bool:
 def _scaled(weight: LazyTensor, scale: LazyTensor, name: str, block: Any) -> LazyTensor:
     """Return a weight [out, in] that is multiplied by its scale when it is read."""
     if len(weight.shape) != 2:
-        raise ValueError(f"{weight.path}: {name} is the scale of a weight of shape {weight.shape}")
+        raise ValueError(
+            f"{weight.path}: expected a weight with two axes for the scale {name}, got the shape "
+            f"{weight.shape}"
+        )
     num_rows, num_columns = weight.shape
     shape = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1) if scale.shape else (1, 1)
     if shape == (1, 1):
@@ -90,11 +93,14 @@ def _scaled(weight: LazyTensor, scale: LazyTensor, name: str, block: Any) -> Laz
         )
         expected = (math.ceil(num_rows / rows), math.ceil(num_columns / columns))
     except (TypeError, ValueError, ZeroDivisionError):
-        raise ValueError(f"weight_block_size is {block!r}: use two positive integers") from None
+        raise ValueError(
+            f"{scale.path.parent / 'config.json'}: weight_block_size must be two positive "
+            f"integers, got {block!r}"
+        ) from None
     if shape != expected or (block is None and shape[0] not in (1, num_rows)):
         raise ValueError(
-            f"{scale.path}: {name} has the shape {scale.shape}, which does not fit a weight of "
-            f"shape {weight.shape}"
+            f"{scale.path}: {name} must have the shape {expected} for a weight of shape "
+            f"{weight.shape}, got {scale.shape}"
         )
     factors = scale.read(0, scale.shape[0] if scale.shape else 1).reshape(shape)
     column_index = np.arange(num_columns) // columns

@@ -1,9 +1,9 @@
-"""Reading of GGUF, the single-file format of llama.cpp: a header of keys, then tensors.
+"""Read GGUF, the single-file format of llama.cpp: a header of keys, then tensors.
 
 Follows the specification in ggml's docs/gguf.md (versions 2 and 3, little-endian). This file parses
-the header itself, because the `gguf` package takes seconds for a large vocabulary and trusts counts
-and offsets. Here each of them is checked against the size of the file before memory is allocated.
-The `gguf` package dequantizes the block formats (Q4_1, Q6_K, ...).
+the header itself, because the `gguf` package takes seconds for a large vocabulary and does not
+check counts and offsets. Here each count and offset is checked against the size of the file before
+memory is allocated. The `gguf` package dequantizes the block formats (Q4_1, Q6_K, ...).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class LazyTensor:
 
     shape: tuple[int, ...]  # outermost axis first, as in NumPy
     read: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, ...]
-    path: Path  # the file, for messages
-    dtype: str = ""  # in the file, in its words: "BF16", "Q4_K"
+    path: Path  # the file, for error messages
+    dtype: str = ""  # the dtype in the file, as the file format names it: "BF16", "Q4_K"
 
 
 class _Reader:
@@ -51,7 +51,7 @@ class _Reader:
         self.data, self.path, self.offset = data, path, 0
 
     def take(self, size: int, item: str) -> bytes:
-        """Return the next `size` bytes; `item` names them in messages."""
+        """Return the next `size` bytes; `item` describes them in error messages."""
         if size > len(self.data) - self.offset:
             raise ValueError(
                 f"{self.path}: truncated or damaged: {item} needs {size} bytes, but the file ends "
@@ -67,14 +67,14 @@ class _Reader:
         return self.take(self.number("<Q", item), item)
 
     def count(self, item: str, min_bytes: int) -> int:
-        """Read a number of items and check that items of `min_bytes` fit in the rest."""
+        """Read a number of items, and check that so many items of `min_bytes` fit in the rest."""
         count = self.number("<Q", item)
         if count * min_bytes > len(self.data) - self.offset:
             raise ValueError(f"{self.path}: damaged: {count} {item} do not fit in the file")
         return count
 
     def value(self, kind: int, item: str) -> Any:
-        """Read a value of the type number `kind`."""
+        """Read a metadata value; `kind` is its GGUF type number."""
         if kind == _STRING:
             return self.string(item).decode("utf-8", "replace")
         if kind in _SCALARS:
@@ -93,10 +93,10 @@ class _Reader:
 
 
 def _open(path: Path) -> _Reader:
-    """Return a reader of a GGUF file after its first four bytes."""
+    """Open a GGUF file, and return a reader that is positioned after the magic bytes."""
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file, because it does not start with 'GGUF'")
+            raise ValueError(f"{path}: expected a GGUF file, which begins with the bytes 'GGUF'")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     header = _Reader(data, path)
     header.take(4, "magic")
@@ -104,10 +104,13 @@ def _open(path: Path) -> _Reader:
 
 
 def split_files(path: Path) -> list[Path]:
-    """Return the files of a split model, by the name of one: NAME-00001-of-00003.gguf, ...
+    """Return the paths of all files of a split model: NAME-00001-of-00003.gguf, ...
+
+    Args:
+        path: The path of any of the files.
 
     Returns:
-        The files in order, which may not exist; `path` alone if it has another name.
+        The paths in order, whether or not the files exist; `path` alone if its name has no number.
     """
     match = _SPLIT_NAME.fullmatch(path.name)
     if match is None or not 1 <= int(match["no"]) <= int(match["count"]):
@@ -122,7 +125,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Read the headers of a GGUF model; tensors are read lazily from the mapped files.
 
     Args:
-        path: The GGUF file; of a split model the first one, which has the metadata.
+        path: The GGUF file; for a split model the first file, which has the metadata.
 
     Returns:
         The metadata (strings as str, arrays of strings as lists of bytes), and the tensors by name.
@@ -139,10 +142,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         return metadata, tensors
     files = split_files(path)
     if split.get("split.no") != 0:
-        raise ValueError(f"{path}: split.no is {split.get('split.no')!r}: use {files[0].name}")
+        raise ValueError(
+            f"{path}: expected the first file of a split model (split.no 0), got split.no "
+            f"{split.get('split.no')!r}; use {files[0].name}"
+        )
     if len(files) != count:
         raise ValueError(
-            f"{path}: split.count is {count!r}: the files must be called "
+            f"{path}: split.count is {count!r}, so the files must have the names "
             f"NAME-00001-of-{count:05}.gguf and so on"
             if isinstance(count, int)
             else f"{path}: split.count must be an integer, got {count!r}"
@@ -161,14 +167,14 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         tensors |= more
     if (total := split.get("split.tensors.count")) not in (None, len(tensors)):
         raise ValueError(
-            f"{path}: split.tensors.count is {total!r}, but the {count} files have {len(tensors)}: "
-            "a file belongs to another model"
+            f"{path}: expected {total!r} tensors (split.tensors.count), but the {count} files have "
+            f"{len(tensors)}; a file belongs to another model"
         )
     return metadata, tensors
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Read the header of one file."""
+    """Return the metadata and the tensors of one file of a model."""
     import gguf  # imported here because it is slow to import
 
     header = _open(path)
@@ -187,11 +193,13 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         name = header.string("tensor name").decode("utf-8", "replace")
         num_axes = header.number("<I", name)
         if not 1 <= num_axes <= 4:
-            raise ValueError(f"{path}: tensor {name!r} has {num_axes} axes")
+            raise ValueError(f"{path}: tensor {name!r} must have 1 to 4 axes, got {num_axes}")
         shape = tuple(header.number("<Q", name) for _ in range(num_axes))[::-1]
         kind, offset = header.number("<I", name), header.number("<Q", name)
         if 0 in shape:
-            raise ValueError(f"{path}: tensor {name!r} has the shape {shape}")
+            raise ValueError(
+                f"{path}: tensor {name!r} must have positive sizes, got the shape {shape}"
+            )
         if name in entries:
             raise ValueError(f"{path}: the tensor {name!r} occurs twice")
         entries[name] = shape, kind, offset
@@ -219,7 +227,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         raw = np.frombuffer(header.data, np.uint8, num_rows * row_bytes, start + offset)
         if len(shape) > 3:
             raise ValueError(
-                f"{path}: a tensor of a decoder has 1 to 3 axes, but {name!r} has {len(shape)}"
+                f"{path}: tensor {name!r} must have 1 to 3 axes in a decoder, got {len(shape)}"
             )
         tensors[name] = LazyTensor(
             shape,
@@ -231,7 +239,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
 
 
 def read_metadata_head(path: Path) -> dict[str, Any]:
-    """Return the keys of a GGUF file that come before those of its tokenizer, which is large.
+    """Return the metadata before the first key of the tokenizer, which takes long to read.
 
     Raises:
         OSError: The file cannot be read.
@@ -250,7 +258,7 @@ def read_metadata_head(path: Path) -> dict[str, Any]:
 
 
 def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the sampling parameters of `general.sampling.*` by keys of generation_config.json.
+    """Convert the keys `general.sampling.*` to the keys of generation_config.json.
 
     A float32 is rounded to 7 digits: 0.7, not 0.699999988.
 
@@ -258,7 +266,8 @@ def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         metadata: Metadata of a GGUF file.
 
     Returns:
-        The parameters, which are not validated, and the keys that generation_config.json lacks.
+        The parameters by keys of generation_config.json, which are not validated, and the
+        parameters that have no such key, by their GGUF keys.
     """
     settings, others = {}, {}
     for key, value in metadata.items():
@@ -276,7 +285,13 @@ def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 def _row_reader(
     raw: np.ndarray, shape: tuple[int, ...], quantization: Any
 ) -> Callable[[int, int], np.ndarray]:
-    """Return the function `read` of a tensor; `raw` has the bytes of one row of numbers a row."""
+    """Return the function `LazyTensor.read` of a tensor.
+
+    Args:
+        raw: The bytes of the tensor, uint8 [rows of numbers, bytes per row].
+        shape: The shape of the tensor.
+        quantization: The `GGMLQuantizationType` of the tensor.
+    """
     inner = math.prod(shape[1:-1])  # rows of numbers per item of the first axis
 
     def read(start: int, stop: int) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Mapping from the weights of the decoder to the named tensors of a checkpoint.
+"""Map the weights of the decoder to the named tensors of a checkpoint.
 
 There is one table per naming scheme: Hugging Face (Llama, and families that differ from it) and
-GGUF. A `TensorSource` describes how to convert a tensor to a weight: some are transposed, have
-interleaved rows or an offset, several weights can share one tensor, and the experts of a layer are
-one tensor each or all in one.
+GGUF. A `TensorSource` describes how to convert a tensor to a weight: a tensor can be transposed,
+have interleaved rows, or be stored plus one; several weights can share one tensor; and the experts
+of a layer have one tensor each or one for all.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from transformer.weights import Linear, Norm
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensor of a checkpoint that holds a weight, and how to convert it."""
+    """The tensor of a checkpoint that contains a weight, and how to convert it to the weight."""
 
-    name: str  # "{e}" stands for the expert where each expert has its own tensor
-    first_row: int = 0  # of the tensor, after the transposition
+    name: str  # with "{e}" for the index of the expert if each expert has its own tensor
+    first_row: int = 0  # first row of the weight in the tensor, after the transposition
     # The rows of each head alternate with those of other weights: this weight has rows `first_row`
     # to `first_row` + H of every group of `stride` rows. 0: its rows are contiguous.
     stride: int = 0
@@ -148,7 +148,7 @@ def _table(cfg: Config, scheme: str, architecture: str) -> dict[str, str]:
 
 
 def _first_rows(cfg: Config, table: dict[str, str]) -> dict[str, int]:
-    """Return the first row of each weight that shares a tensor with others, one after another."""
+    """Return the first row, in the shared tensor, of each weight that shares one with others."""
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     rows = {}
     if table["q"] == table["k"]:
@@ -164,10 +164,7 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
     Args:
         cfg: Config of the decoder.
         scheme: Naming scheme, "hf" or "gguf".
-        architecture: model_type of config.json or general.architecture of the GGUF file.
-
-    Returns:
-        The tree.
+        architecture: model_type in config.json, or general.architecture in the GGUF file.
     """
     is_gguf = scheme == "gguf"
     table = _table(cfg, scheme, architecture)
@@ -236,8 +233,7 @@ def tensors_of(
         shape: Shape of the weight.
 
     Yields:
-        The source and the shape themselves, or those of each expert where experts have tensors of
-        their own.
+        (source, shape) as given, or one pair per expert if each expert has its own tensor.
     """
     if "{e}" not in source.name:
         yield source, shape
@@ -247,7 +243,7 @@ def tensors_of(
 
 
 def rows_per_tensor(tree: Any, shapes: Any) -> dict[str, int]:
-    """Return the number of rows of each tensor: the sum over the weights stored in it.
+    """Return the number of rows of each tensor: the sum over the weights that it contains.
 
     Args:
         tree: Tree of `TensorSource`.
@@ -274,7 +270,13 @@ def rows_of(tensor: Any, source: TensorSource, count: int, head_dim: int) -> Any
 
 
 def join_rows(source: TensorSource, weights: Sequence[np.ndarray], head_dim: int) -> np.ndarray:
-    """Return the tensor that holds all of `weights`, which are in the order of their first rows."""
+    """Join weights that share a tensor; the inverse of `rows_of`.
+
+    Args:
+        source: Source of any of the weights.
+        weights: The weights, in the order of their first rows.
+        head_dim: H, the number of rows per head.
+    """
     if not source.stride:
         return np.concatenate(weights)
     heads = [weight.reshape(-1, head_dim, *weight.shape[1:]) for weight in weights]

@@ -1,4 +1,4 @@
-"""Reading and writing of safetensors folders, the layout of Hugging Face checkpoints.
+"""Read and write folders with safetensors files, the layout of Hugging Face checkpoints.
 
 A folder has `config.json` and either `model.safetensors` or several shards that are listed in
 `model.safetensors.index.json`. The `safetensors` package maps the files and checks their headers.
@@ -34,15 +34,16 @@ def read(
 
     Args:
         folder: The folder.
-        ignore: Suffixes of names of tensors to ignore, whatever their dtype.
+        ignore: Suffixes of the names of tensors to ignore; their dtype is not checked.
 
     Returns:
-        The content of config.json, and the tensors by name.
+        The content of config.json, and the tensors by name. FP8 weights are dequantized when they
+        are read, and config.json is returned without their quantization.
 
     Raises:
-        FileNotFoundError: config.json, the weights, or a shard of the index does not exist.
-        ValueError: A file is damaged, a tensor is in two shards or not in the shard of the index,
-            or all weights are pickled.
+        FileNotFoundError: config.json, the weights, or a shard that the index lists does not exist.
+        ValueError: A file is damaged, a tensor is in two shards or not in the shard that the index
+            names, or all weights are pickled.
     """
     config = read_json_object(folder / "config.json")
     shards = _weight_files(folder)
@@ -63,11 +64,11 @@ def read(
 def conversion_command(path: Path) -> str:
     """Return the command that converts pickled weights of PyTorch to safetensors.
 
-    It needs torch, whose `weights_only` unpickles tensors and nothing else. Tied weights are stored
-    twice.
+    The command needs torch; with `weights_only`, torch unpickles tensors and nothing else. Tied
+    weights are stored twice.
 
     Args:
-        path: A pickle, or a folder with one or several.
+        path: A file with pickled weights, or a folder with one or several such `.bin` files.
     """
     pattern = f"{path}/*.bin" if path.suffix not in _PICKLE_SUFFIXES else str(path)
     folder = path.parent if path.suffix in _PICKLE_SUFFIXES else path
@@ -82,9 +83,10 @@ def conversion_command(path: Path) -> str:
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """Return `model.safetensors` if it exists, else the shards of the index with their tensors.
+    """Return `model.safetensors` if it exists, else the shards that the index lists.
 
-    transformers has the same order. A stale index next to a single file is therefore ignored.
+    The values are the tensor names that the index lists for each shard; none for a single file. As
+    in transformers, a stale index next to a single file is ignored.
     """
     single, index = folder / "model.safetensors", folder / _INDEX
     if single.exists():
@@ -122,7 +124,7 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyT
 
     Args:
         path: The safetensors file.
-        ignore: Suffixes of names of tensors to ignore, whatever their dtype.
+        ignore: Suffixes of the names of tensors to ignore; their dtype is not checked.
 
     Returns:
         The tensors by name.
@@ -157,7 +159,12 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyT
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raise ValueError if the content is anything else."""
+    """Return the JSON object in a file.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The content is not valid JSON, or not an object.
+    """
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -178,9 +185,9 @@ def _scalar_reader(value: np.ndarray) -> Callable[[int, int], np.ndarray]:
 def _float8_reader(
     path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[int, int], np.ndarray]:
-    """Return the reader of a tensor of 8-bit floats, which the package cannot give to NumPy.
+    """Return the reader of a tensor of 8-bit floats, which `safetensors` cannot convert to NumPy.
 
-    The package has checked the header: its size, and that the tensor is inside the file.
+    `safe_open` has already checked the size of the header, and that the tensor is inside the file.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
