@@ -232,7 +232,7 @@ class Config:
                 f"got {self.query_scalar} and {self.attention_multiplier}"
             )
         if self.norm == "layer" and (self.qk_norm or self.post_norms):
-            raise ValueError("qk_norm and post_norms need norm='rms' or 'unit_rms', got 'layer'")
+            raise ValueError("qk_norm and post_norms need an RMS norm, got norm='layer'")
         if self.qk_norm_over == "projection" and not self.qk_norm:
             raise ValueError("qk_norm_over='projection' needs qk_norm=True")
         if not (self.pre_norms or self.post_norms):
