@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def check(
     path: Annotated[
-        Path, typer.Argument(help="A GGUF file (of several, the first) or a Hugging Face folder.")
+        Path,
+        typer.Argument(help="A GGUF file (the first of a split model) or a Hugging Face folder."),
     ],
     json: Json = False,
 ) -> None:
@@ -47,11 +48,11 @@ def check(
         *(("ignored", line) for line in report["ignored"]),
         *(("missing", line) for line in report["missing"]),
     ]
-    print(console.table(("WHAT", "FOUND"), rows))
+    print(console.table(("PROPERTY", "VALUE"), rows))
 
 
 class _LogLines(logging.Handler):
-    """Collects the log lines of a loader, which name the keys that it ignores."""
+    """A log handler that collects the warnings of the loaders, which name ignored keys."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -78,7 +79,7 @@ def _check_decoder(path: Path) -> dict[str, Any]:
     if path.is_dir() and not (path / "generation_config.json").is_file():
         missing.append("generation_config.json: the sampling defaults are those of OpenAI")
     if not tokenizer.stop_ids:
-        missing.append("end token: an answer ends at the token limit")
+        missing.append("end token: each answer continues up to the token limit")
     ignored = []
     if cfg.vocab_size > encoding.n_vocab:
         ignored.append(f"{cfg.vocab_size - encoding.n_vocab} embedding rows without a token")
@@ -106,7 +107,7 @@ def _check_other(path: Path, kind: Kind) -> dict[str, Any]:
     family = str(read_json_object(config).get("model_type", "-"))
     report = {"kind": kind.name, "family": family, "memory": {}, "ignored": [], "missing": missing}
     if kind.has_encoder and not encoder.is_dir():
-        missing.append("encoder: that of the catalogue is used")
+        missing.append("encoder: the text encoder of the catalogue is used")
         return report
     options = LoadOptions(
         cache_budget=0, dtype="auto", home=settings.data_folder(), notify=console.info

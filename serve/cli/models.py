@@ -1,4 +1,4 @@
-"""`pellucid models`: lists the models of the catalogue, of the hub, and the fine-tuned models."""
+"""`pellucid models`: lists catalogue models, models pulled from the hub, and fine-tuned models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +96,7 @@ def _catalogue_row(model: catalogue.CatalogueEntry, known_models: catalogue.Cata
 
 
 def _hub_row(record: hub.Record) -> ModelRow:
-    """Return the row of a model that was pulled from the hub."""
+    """Return the fields of a model that was pulled from the hub; those in `unknown` are None."""
     unknown: ModelRow = dict.fromkeys(("serves", "parameters", "context", "licence", "sampling"))
     return {
         **unknown,

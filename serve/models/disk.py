@@ -14,16 +14,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CHANGED_FILE = ".changed"  # in the data folder: its time is that of the last pull or removal
+CHANGED_FILE = ".changed"  # in the data folder; touched when a model is pulled or removed
 
 
 def human_size(size: int) -> str:
-    """Return a number of bytes as text in MB or GB, with powers of ten."""
+    """Return a number of bytes as text, such as "1.5 GB" or "90 MB" (powers of ten)."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file by a text, readable by its owner only.
+    """Replace the content of a file atomically. Only the owner can read the file.
 
     Raises:
         OSError: the text could not be written; the file is unchanged.
@@ -73,7 +73,7 @@ def lock(path: Path) -> int:
 
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of a file; `on_wait` is called first if another process holds it."""
+    """Hold the lock of a file in the block; call `on_wait` before waiting for another process."""
     if (descriptor := try_lock(path)) is None:
         on_wait()
         descriptor = lock(path)
@@ -84,6 +84,6 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def mark_changed(home: Path) -> None:
-    """Note that a model was pulled or removed, so that running servers look again."""
+    """Touch `CHANGED_FILE`, so that running servers look for pulled and removed models."""
     with contextlib.suppress(OSError):
         (home / CHANGED_FILE).touch()

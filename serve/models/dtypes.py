@@ -1,13 +1,14 @@
-"""The choice of the dtype of a model's weights.
+"""Choose the dtype of a model's weights.
 
-Which dtype is fastest depends on the machine (one CPU multiplies bytes, another converts them
+Which dtype is fastest depends on the machine (some CPUs multiply int8, others convert it to float
 first), which is accurate depends on the model, and which fits depends on the available memory. So
-the first start measures the dtypes that fit, caches the result beside the models, and reports the
+the first start measures the dtypes that fit, caches the result in the data folder, and reports the
 choice. The catalogue lists the accurate dtypes of its models, so that only speed is measured, in
 seconds instead of a minute.
 
 A decoder is measured in a separate process, whose memory is freed when it ends. (In the server's
-process, memory touched by the measurement was not returned.) It prints one line of JSON a dtype:
+process, memory touched by the measurement was not returned.) The process prints one line of JSON
+per dtype:
 
     python -m serve.models.dtypes PATH DTYPE... [--quality]
 """
@@ -47,9 +48,10 @@ from transformer.weights import Linear
 D = TypeVar("D", bound=str)
 FloatDtype = Literal["float32", "bfloat16"]
 
-# For models that are measured in this process; the first is the reference.
+# For models that are measured in the server's process; the first is the reference.
 FLOAT_DTYPES: tuple[FloatDtype, ...] = ("float32", "bfloat16")
-# With int8, tied embeddings are stored twice, or a third of the weights stays in bfloat16.
+# int8 takes more than 1: tied embeddings are stored twice, or a third of the weights stays in
+# bfloat16.
 BYTES_PER_WEIGHT = {"int8": 1.3, "bfloat16": 2.0, "float32": 4.0}
 # Bytes for loading, compiling and computing, in addition to the weights.
 WORKING_MEMORY = 300 * 2**20
@@ -93,7 +95,7 @@ def fitting_dtypes(
     """Return the dtypes in which a model fits into the available memory.
 
     Args:
-        id: the id of the model, for the message.
+        id: the id of the model, for the error message.
         cfg: its configuration.
         extra_bytes: bytes needed in addition to the weights.
         candidates: the dtypes to consider.
@@ -126,13 +128,13 @@ def expected_dtype(
     accepted_dtypes: Sequence[Dtype] = (),
     memory_limit: int | None = None,
 ) -> Dtype:
-    """Return the dtype that `choose_dtype` will choose; if not measured yet, the widest possible.
+    """Return the cached choice of `choose_dtype`; without one, the widest dtype within the limit.
 
     Args:
         cfg: the configuration of the model.
         key: the cache key of the choice.
         extra: bytes needed in addition to the weights.
-        accepted_dtypes: the dtypes known to be accurate; empty if unknown.
+        accepted_dtypes: the dtypes known to be accurate; empty if the accuracy is unknown.
         memory_limit: the maximum bytes of weights and `extra`; None for no limit.
     """
     within: list[Dtype] = [
@@ -141,7 +143,7 @@ def expected_dtype(
     if not within:
         return DTYPES[0]  # loading will raise MemoryError
     candidates = _candidates(within, accepted_dtypes)
-    for count in range(len(candidates), 1, -1):
+    for count in range(len(candidates), 1, -1):  # fewer may have fitted into memory back then
         if cached := _cached_choice(key, candidates[:count]):
             return cached
     return candidates[-1]
@@ -168,8 +170,8 @@ def choose_dtype(
         cfg: its configuration.
         key: the cache key, which stands for these weights on this machine.
         extra: bytes needed in addition to the weights.
-        notify: called with a line for each slow operation.
-        accepted_dtypes: the dtypes known to be accurate; empty to measure it.
+        notify: called with a message for each slow operation.
+        accepted_dtypes: the dtypes known to be accurate; empty to measure the accuracy.
         memory_limit: the maximum bytes of weights and `extra`; None for the available memory.
 
     Raises:
@@ -219,7 +221,10 @@ def choose_dtype(
 
 
 def best_time(compute: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Return the seconds of the fastest of four calls (the first one compiles), and a result."""
+    """Return the seconds of the fastest of four calls, and the result of the last call.
+
+    The first call also compiles.
+    """
     seconds, results = math.inf, np.zeros(0)
     for _ in range(4):
         started = time.perf_counter()
@@ -246,7 +251,7 @@ def fastest_dtype(
         measure: returns the seconds that a dtype takes, and its results.
         distance: returns the distance between the reference results and other results.
         max_distance: the maximum distance of an accepted dtype.
-        notify: called with a line for each slow operation.
+        notify: called with a message for each slow operation.
 
     Raises:
         ValueError: the results of the reference are not finite.
@@ -276,7 +281,7 @@ def fastest_dtype(
 
 
 def _candidates(fitting: Sequence[Dtype], accepted: Sequence[Dtype]) -> list[Dtype]:
-    """Return the fitting dtypes that are or may be accurate; if there is none, the widest."""
+    """Return the fitting dtypes that are accepted (all if `accepted` is empty), or the widest."""
     return [dtype for dtype in fitting if not accepted or dtype in accepted] or [fitting[-1]]
 
 
@@ -285,7 +290,7 @@ def _cached_choice(name: str, dtypes: Sequence[str]) -> Any:
 
 
 def _key(name: str, dtypes: Sequence[str]) -> str:
-    """Return the cache key of a choice among dtypes: with more memory, more dtypes fit."""
+    """Return the cache key of a choice among these dtypes; with more memory, more dtypes fit."""
     return " ".join([name, *dtypes])
 
 
@@ -325,12 +330,12 @@ def _gigabytes(size: int) -> str:
 
 
 def time_step(cfg: Config, dtype: Dtype, repeats: int = 12) -> float:
-    """Return the milliseconds of the fastest decoding step of four layers and the head, batch 2.
+    """Return the milliseconds of a decoding step of two sequences in a model cut to four layers.
 
     Args:
-        cfg: the configuration of the model.
+        cfg: the configuration of the whole model.
         dtype: the dtype of the weights.
-        repeats: the number of steps to time.
+        repeats: the number of steps to time; the shortest time is returned.
     """
     few = replace(cfg, num_layers=min(cfg.num_layers, 4))
     params = _dummy_params(few, dtype)
@@ -353,7 +358,7 @@ def time_step(cfg: Config, dtype: Dtype, repeats: int = 12) -> float:
 
 
 def _dummy_params(cfg: Config, dtype: Dtype) -> Params:
-    """Return constant weights of a model's shapes.
+    """Return constant weights with the shapes of a model.
 
     The speed of a matmul does not depend on the values. The linear layers are converted one by one,
     so that memory never holds all weights in two dtypes.
@@ -390,7 +395,7 @@ def perplexity(path: Path, dtype: Dtype) -> float:
 
 
 def main() -> None:
-    """Print the milliseconds of a decoding step in each dtype; with `--quality`, the perplexity."""
+    """Print the time of a decoding step per dtype; with `--quality`, also the perplexity."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("dtypes", nargs="+")

@@ -1,7 +1,7 @@
 """Encoders: token ids in, embedding vectors out, one packed batch per work item.
 
-The texts of one request are packed together, and never with those of another request, so that its
-results are bitwise identical under any load. Other models use the device between its batches.
+A batch packs texts of one request only, so that the results of a request are bitwise identical
+under any load. Between two batches of a request, other requests and models can use the device.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from transformer.engine.device import WorkQueue, default_device
 
 C = TypeVar("C", bound=AnyConfig)
 
-# A narrower dtype is accepted if each vector of the probe has nearly the direction of float32's.
+# bfloat16 is accepted if each probe text has nearly the same embedding as in float32.
 MAX_DISTANCE = 1e-4  # 1 - cosine similarity
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """A loaded model that reads packed batches of texts: for embeddings, or to rank documents.
+    """A loaded model that computes packed batches of texts: an embedding model or a cross-encoder.
 
     Attributes:
         id: the id it is served under.
@@ -89,10 +89,10 @@ class TextModel:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingModel(TextModel):
-    """A loaded model for embeddings.
+    """A loaded embedding model.
 
     Attributes:
-        prompts: texts that are put before an input, by name.
+        prompts: texts to put before an input, by prompt name.
         default_prompt: the prompt of an input without a prompt name; usually empty.
     """
 
@@ -107,7 +107,7 @@ class EmbeddingModel(TextModel):
         return len(self.tokenizer.prefix_ids) + len(self.tokenizer.suffix_ids)
 
     def encode(self, text: str, prompt_name: str | None = None) -> list[int]:
-        """Return the token ids of a text after its prompt, special tokens included.
+        """Return the token ids of a prompt and a text together, special tokens included.
 
         Args:
             text: the text.
@@ -117,18 +117,18 @@ class EmbeddingModel(TextModel):
         return self.tokenizer.encode(prompt + text)
 
     def split(self, ids: Sequence[int]) -> list[list[int]]:
-        """Return the chunks of a text that may be too long; see `long_texts`."""
+        """Split token ids into chunks of at most `context` tokens; see `long_texts.split`."""
         tokenizer = self.tokenizer
         return long_texts.split(
             ids, self.context, len(tokenizer.prefix_ids), len(tokenizer.suffix_ids)
         )
 
     def truncate(self, ids: Sequence[int], limit: int) -> list[list[int]]:
-        """Return a text as one chunk of at most `limit` tokens."""
+        """Return token ids as a single chunk, truncated to `limit`; see `long_texts.truncated`."""
         return long_texts.truncated(ids, limit, len(self.tokenizer.suffix_ids))
 
     def average(self, vectors: np.ndarray, chunks: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-        """Return a vector for each text from those of its chunks."""
+        """Return the mean vector of each text's chunks; see `long_texts.average`."""
         return long_texts.average(
             vectors, chunks, normalize=self.cfg.normalize, num_special=self.num_special
         )
@@ -172,10 +172,10 @@ def load_embedding_model(
         id: the id to serve it under.
         path: a sentence-transformers folder with its tokenizer, or a GGUF file.
         owned_by: the publisher.
-        dtype: "float32", "bfloat16", or "auto" for the fastest accurate one on this machine.
+        dtype: "float32", "bfloat16", or "auto" for the fastest accurate dtype on this machine.
         max_tokens: the maximum tokens of an input; None for the model's own maximum. See
             `with_max_tokens`.
-        notify: called with a line for each slow operation.
+        notify: called with a message for each slow operation.
 
     Raises:
         OSError: a file cannot be read.
@@ -206,7 +206,7 @@ def load_embedding_model(
 
 
 def check_vocabulary(tokenizer: bpe.EncoderTokenizer, vocab_size: int, path: Path) -> None:
-    """Check that the model has an embedding of each token, except special tokens.
+    """Check that the model has an embedding of each token, special tokens excepted.
 
     Raises:
         ValueError: an ordinary token has no embedding, so the tokenizer is another model's.
@@ -220,13 +220,13 @@ def check_vocabulary(tokenizer: bpe.EncoderTokenizer, vocab_size: int, path: Pat
 
 
 def created(path: Path) -> int:
-    """Return the modification time of the files, in seconds since 1970."""
+    """Return the modification time of config.json or the GGUF file, in seconds since 1970."""
     folder = sentence_transformers.transformer_folder(path) if path.is_dir() else path
     return int((folder / "config.json" if path.is_dir() else path).stat().st_mtime)
 
 
 def hash_files(path: Path) -> str:
-    """Return the SHA-256 of a model's files, those of its modules included, in hex."""
+    """Return the SHA-256, in hex, of a model's files and of its sentence-transformers modules."""
     if not path.is_dir():
         return fingerprint.hash_weights(path)
     folders = sentence_transformers.module_folders(path)
@@ -235,7 +235,7 @@ def hash_files(path: Path) -> str:
 
 
 def stamp(path: Path) -> object:
-    """Return a value that changes when the files or those of the modules change."""
+    """Return a value that changes when a file of the model or of one of its modules changes."""
     folders = sentence_transformers.module_folders(path) if path.is_dir() else [path]
     return stamp_of(*folders)
 
@@ -251,18 +251,19 @@ def float32_bytes(cfg: AnyConfig) -> int:
 def with_max_tokens(cfg: C, max_tokens: int | None) -> C:
     """Return a configuration with another maximum input length; `cfg` itself for None.
 
-    A model may have more positions than its authors recommend (all-MiniLM has 512 and recommends
-    256). The further positions were learned in pretraining, not for embeddings.
+    A model may have more positions than its authors recommend (all-MiniLM has 512, the authors
+    recommend 256). The other positions were trained in pretraining, but not for embeddings.
 
     Raises:
-        WrongUsage: the model has fewer positions, or no token fits between special tokens.
+        WrongUsage: `max_tokens` is less than 3 (two special tokens and one token of the text) or
+            greater than the number of positions.
     """
     if max_tokens is None:
         return cfg
     if not 3 <= max_tokens <= cfg.max_seq_len:
         raise WrongUsage(
-            f"--max-embedding-tokens must be from 3 to {cfg.max_seq_len}, the model's positions: "
-            f"got {max_tokens}"
+            f"--max-embedding-tokens must be from 3 to {cfg.max_seq_len}, the number of positions "
+            f"of the model: got {max_tokens}"
         )
     return replace(cfg, max_tokens=max_tokens)
 

@@ -1,7 +1,8 @@
 """The system fingerprint of a model: it changes whenever responses may change.
 
 It is OpenAI's `system_fingerprint`: the same fingerprint, seed and request give the same response.
-It is a hash of the weights, the dtype, the machine, the JAX version, and the code that computes.
+It is a hash of the weights, the dtype, the machine, the JAX version, and the source code of
+`transformer` and of this package.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def hash_weights(path: Path) -> str:
     """Return the SHA-256 of a model's files, in hex.
 
     Args:
-        path: a file, of a split GGUF model the first one, or a folder, whose files are hashed with
-            their names.
+        path: a file (the first one of a split GGUF model), or a folder, whose files are hashed
+            with their names.
 
     Raises:
         OSError: a file cannot be read.
@@ -40,21 +41,21 @@ def hash_weights(path: Path) -> str:
 
 
 def machine_key(weights: str) -> str:
-    """Return a key for measurements of weights with this hash on this machine, in hex."""
-    flags = os.environ.get("XLA_FLAGS", "")  # may limit the instructions that are used
+    """Return a cache key, in hex, for measurements of weights (by their hash) on this machine."""
+    flags = os.environ.get("XLA_FLAGS", "")  # can restrict the CPU instructions that XLA uses
     parts = [weights, jax.__version__, platform.machine(), _cpu_model(), os.cpu_count(), flags]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def system_fingerprint(weights: str, dtype: str) -> str:
-    """Return the fingerprint of weights with this hash in a dtype, on this machine and code."""
+    """Return the fingerprint of the weights with this hash, in a dtype, on this machine."""
     parts = [machine_key(weights), dtype, _code_hash()]
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
 @functools.cache
 def _code_hash() -> str:
-    """Return the SHA-256 of all code between input token ids and output token ids."""
+    """Return the SHA-256 of the source files that compute output from input token ids."""
     folders = [Path(transformer.__file__).parent, Path(__file__).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

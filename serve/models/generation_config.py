@@ -1,14 +1,14 @@
 """Default sampling parameters of a request.
 
-Each parameter comes from the first source that has it: the request, the `sampling` of the model's
-entry in the catalogue, the model's own files, and OpenAI's API. The model's own files are
+A parameter that the request does not set comes from the first of these that sets it: the `sampling`
+of the model's catalogue entry, the model's own files, and OpenAI's API. The model's own files are
 generation_config.json of a folder, with the same keys as in vLLM (`do_sample` is ignored), and
 `general.sampling.*` of a GGUF file, as in llama.cpp. `max_new_tokens`, which vLLM uses as a limit,
 is ignored.
 
-A penalty changes the likeliest token. So default penalties do not apply at temperature 0, when a
-text is scored (`echo` with `logprobs`), or when completions are ranked by their likelihood
-(`best_of`).
+A penalty changes which token is the most likely. So default penalties do not apply at temperature
+0, when a text is scored (`echo` with `logprobs`), or when completions are ranked by their
+likelihood (`best_of`).
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,8 @@ OPENAI_DEFAULTS: Mapping[str, float] = {
 PENALTIES = frozenset({"presence_penalty", "frequency_penalty", "repetition_penalty"})
 DefaultsSource = Literal["model", "openai"]
 
-# Keys of generation_config.json that do not change the sampled text. Others are reported.
+# Keys of generation_config.json that do not change the sampled text. Other unknown keys are
+# reported.
 _IGNORED_KEYS = {
     *("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"),
     *("cache_implementation", "use_cache", "do_sample", "transformers_version"),
@@ -78,7 +79,7 @@ def read_defaults(
         row: the `sampling` of the model's entry in the catalogue; empty without an entry.
         path: its GGUF file or folder, if it was pulled. A GGUF file is read only with an empty
             `row`, because an entry describes exact bytes.
-        notify: called with a line for each value that cannot be used.
+        notify: called with a message for each value that cannot be used.
         metadata: the metadata of the GGUF file, if it was read already.
     """
     params: dict[str, float] = {}
@@ -91,9 +92,9 @@ def read_defaults(
 
 
 def validation_error(name: str, value: object) -> str | None:
-    """Return what is wrong with a default value and how to fix it, or None if it is valid."""
+    """Return how to fix an invalid default, as the end of an error message; None if it is valid."""
     if name not in BOUNDS:
-        return f"use some of {', '.join(BOUNDS)}"
+        return f"unknown parameter, use one of {', '.join(BOUNDS)}"
     low, high = BOUNDS[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "use a number"
@@ -103,7 +104,7 @@ def validation_error(name: str, value: object) -> str | None:
 
 
 def format_params(settings: Mapping[str, float]) -> str:
-    """Return sampling parameters as one line: the temperature, and those not OpenAI's default."""
+    """Return the temperature, and the parameters that differ from OpenAI's defaults, as a text."""
     names = [n for n in BOUNDS if n == "temperature" or settings[n] != OPENAI_DEFAULTS[n]]
     return ", ".join(f"{name} {settings[name]:g}" for name in names)
 

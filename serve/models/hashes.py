@@ -1,7 +1,7 @@
 """SHA-256 of files, cached in the data folder by the size and times of each file.
 
-Hashing gigabytes takes seconds at each start. A file with the same size and times is assumed to be
-unchanged; `fresh` reads it anyway, to detect a change that kept size and times.
+Hashing gigabytes would take seconds at each start. A file with the same size, modification and
+change time is assumed to be unchanged; `fresh` hashes the file anyway.
 """
 
 from __future__ import annotations

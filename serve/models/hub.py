@@ -4,7 +4,7 @@ The package huggingface_hub, an optional dependency, talks to the hub and owns t
 other programs share: files that it has already are not fetched again. A large file is fetched over
 HTTP into a partial file named after its hash, so that a later pull resumes it; it is renamed when
 its content has the hash that the hub lists. A record in the data folder says which commit and which
-files a name stands for; it keeps this meaning until it is pulled again.
+files a name stands for; the name keeps this meaning until it is pulled again.
 
 Only files that cannot run code are fetched. A repository whose only weights are pickles is refused.
 """
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 PREFIX = "hf:"
 FORM = "hf:OWNER/REPO[@REVISION][:FILE]"
 DISK_MARGIN = 16 * 2**20  # bytes of disk to leave free
-MAX_WAIT = 60  # seconds that the hub may ask to wait before the next attempt
+MAX_WAIT = 60  # seconds; a longer Retry-After of the hub ends the pull
 MAX_ATTEMPTS = 5
 FETCHED_FILE = "fetched.json"  # the files in the cache that Pellucid put there
 RESUMABLE_BYTES = 2**20  # smaller files are fetched again from the start
@@ -88,11 +88,11 @@ def parse(name: str) -> HubName:
     """Return the parts of a name.
 
     Raises:
-        WrongUsage: the name has another form.
+        WrongUsage: the name does not have this form.
     """
     match = _NAME.fullmatch(name)
     if match is None or ".." in PurePosixPath(match["file"] or "").parts:
-        raise WrongUsage(f"{name!r} is not a name of the hub: use {FORM}")
+        raise WrongUsage(f"{name!r} is not a name of a model of the hub: expected {FORM}")
     return HubName(match["repo"], match["revision"], match["file"])
 
 
@@ -102,10 +102,10 @@ class Record:
 
     Attributes:
         name: the name, as it was pulled.
-        id: the name of the repository, which is the id in the API.
+        id: `OWNER/REPO`, which is the id in the API.
         commit: the commit that the revision stood for.
         folder: the folder of the files in the cache of huggingface_hub.
-        main: the GGUF file (of several, the first); empty for a folder of safetensors.
+        main: the GGUF file (the first one of a split model); empty for safetensors.
         files: the hash of each file: `sha256:HEX`, or `git:HEX` for a file that is not in LFS.
         size: bytes of all files.
         pulled_at: seconds since 1970.
@@ -143,22 +143,23 @@ class Record:
 
 def records(home: Path) -> list[Record]:
     """Return the records of pulled names, the newest first, without damaged ones."""
-    found = []
+    readable = []
     for path in (home / "hub").glob("hf*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Record(**json.loads(path.read_text("utf-8"))))
-    return sorted(found, key=lambda record: (-record.pulled_at, record.name))
+            readable.append(Record(**json.loads(path.read_text("utf-8"))))
+    return sorted(readable, key=lambda record: (-record.pulled_at, record.name))
 
 
 def find(name: str, home: Path) -> Record | None:
-    """Return the newest record of a name or of an id whose files exist."""
+    """Return the newest record with this name or id whose files all exist, or None."""
     return next((r for r in records(home) if name in (r.name, r.id) and r.is_complete), None)
 
 
 def remove(record: Record, home: Path) -> int:
     """Delete a record, and the files that Pellucid fetched for it.
 
-    Files that another record needs stay, and so do those that other programs put into the cache.
+    Files that another record needs are kept, and so are files that other programs put into the
+    cache.
 
     Returns:
         The number of bytes that were freed.
@@ -169,7 +170,11 @@ def remove(record: Record, home: Path) -> int:
 
 
 def _delete_files(record: Record, home: Path) -> int:
-    """Delete the files of a record that no longer exists; return the bytes freed."""
+    """Delete the files that only a deleted record needs, and that Pellucid fetched.
+
+    Returns:
+        The number of bytes that were freed.
+    """
     needed = {path for other in records(home) for path in other.paths}
     needed_blobs = {path.resolve() for path in needed}
     fetched = json_cache.read(home / "hub" / FETCHED_FILE)
@@ -217,28 +222,28 @@ def pull(
     progress: Progress = lambda done, total: None,
     free_memory: int | None = None,
 ) -> Record:
-    """Resolve a name to a commit, fetch the files that the cache lacks, and record both.
+    """Resolve a name to a commit, fetch the files that the cache lacks, and write a `Record`.
 
     If the hub cannot be reached, the files of the repository that the cache has are used.
 
     Args:
         name: `hf:OWNER/REPO[@REVISION][:FILE]`.
         home: the data folder.
-        notify: called with a line for each step.
-        progress: called with the bytes done and the total bytes. What it raises ends the pull.
+        notify: called with a message for each step.
+        progress: called with the bytes done and the total bytes. If it raises, the pull ends.
         free_memory: bytes of available memory; None to ask the system.
 
     Raises:
-        WrongUsage: the name has another form, or the repository has only pickles.
+        WrongUsage: the name does not have this form, or the repository has only pickles.
         NotFound: huggingface_hub is not installed, or the hub has no such repository, revision or
             file.
         Forbidden: the repository is gated, or the token is invalid.
-        RateLimited: the hub asks to wait for long.
+        RateLimited: the hub asks to wait longer than `MAX_WAIT`, or too often.
         Unreachable: the hub cannot be reached, and the cache does not have the model.
         Corrupt: a file differs from the hash that the hub lists.
         DoesNotFit: the model does not fit into memory, or the files not onto the disk.
     """
-    wanted = parse(name)
+    hub_name = parse(name)
     try:
         from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     except ImportError:
@@ -255,22 +260,22 @@ def pull(
     make_private_folder(home / "hub")
     try:
         with _translate(name):
-            listing = _list_remote(wanted, notify)
+            listing = _list_remote(hub_name, notify)
     except Unreachable as error:
-        listing = _list_cached(wanted)
+        listing = _list_cached(hub_name)
         if listing is None:
             raise
         notify(f"{error}; using commit {listing.commit[:8]} from {cache_folder()}")
     options = candidates(listing.files, listing.bits)
     if not options:
-        raise _no_weights(wanted.repo, [file.name for file in listing.files])
+        raise _no_weights(hub_name.repo, [file.name for file in listing.files])
     cached = [file.name for file in listing.files if _cached_path(listing, file)]
-    choice, dtype = choose(listing.repo, options, wanted.file, free_memory, cached)
+    choice, dtype = choose(listing.repo, options, hub_name.file, free_memory, cached)
     notify(_explain(listing, options, choice, dtype, free_memory))
     names = select_files(listing.repo, [file.name for file in listing.files], choice.weights)
     files = [file for file in listing.files if file.name in names]
     with (
-        disk.locked(home / "hub" / ".lock", lambda: notify("waiting for another pull")),
+        disk.locked(home / "hub" / ".lock", lambda: notify("another pull runs: waiting for it")),
         _translate(name),
     ):
         _fetch_all(listing, files, home, notify, progress)
@@ -296,7 +301,7 @@ def pull(
 
 @dataclass(frozen=True)
 class _Listing:
-    """The files of a repository at a commit; `bits` are those of a weight of its safetensors."""
+    """The files of a repository at a commit; `bits` are the bits per weight of its safetensors."""
 
     repo: str
     commit: str
@@ -304,16 +309,16 @@ class _Listing:
     bits: float = 16
 
 
-def _list_remote(wanted: HubName, notify: Notify) -> _Listing:
-    """Ask the hub for the files of a repository."""
+def _list_remote(name: HubName, notify: Notify) -> _Listing:
+    """Return the files of a repository, as the hub lists them."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     info = _patiently(
-        lambda: api.model_info(wanted.repo, revision=wanted.revision, files_metadata=True), notify
+        lambda: api.model_info(name.repo, revision=name.revision, files_metadata=True), notify
     )
-    if info.id != wanted.repo:
-        notify(f"{wanted.repo} is now called {info.id}")
+    if info.id != name.repo:
+        notify(f"{name.repo} is now called {info.id}")
     files = [
         RemoteFile(
             file.rfilename,
@@ -322,7 +327,7 @@ def _list_remote(wanted: HubName, notify: Notify) -> _Listing:
         )
         for file in info.siblings or []
     ]
-    if info.gated and files:  # the hub describes it to everybody: ask before anything is chosen
+    if info.gated and files:  # listed for everybody: check the access before choosing files
         _file_metadata(info.id, info.sha, files[0].name, notify)
     total = info.safetensors.total if info.safetensors else 0
     weights = next((c for c in candidates(files) if c.label == "safetensors"), None)
@@ -330,17 +335,17 @@ def _list_remote(wanted: HubName, notify: Notify) -> _Listing:
     return _Listing(info.id, info.sha or "", files, bits)
 
 
-def _list_cached(wanted: HubName) -> _Listing | None:
-    """Return the files that the cache has of a repository, or None if it has none."""
+def _list_cached(name: HubName) -> _Listing | None:
+    """Return the files of a repository that the cache has; None if it has none."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
-    revision = wanted.revision or "main"
+    revision = name.revision or "main"
     try:
         cache = scan_cache_dir(cache_folder())
     except CacheNotFound:
         return None
     for repo in cache.repos:
-        if (repo.repo_type, repo.repo_id) != ("model", wanted.repo):
+        if (repo.repo_type, repo.repo_id) != ("model", name.repo):
             continue
         for cached in repo.revisions:
             if revision in cached.refs or cached.commit_hash == revision:
@@ -353,12 +358,12 @@ def _list_cached(wanted: HubName) -> _Listing | None:
                     )
                     for file in sorted(cached.files, key=lambda file: file.file_path)
                 ]
-                return _Listing(wanted.repo, cached.commit_hash, files)
+                return _Listing(name.repo, cached.commit_hash, files)
     return None
 
 
 def cache_folder() -> Path:
-    """Return the cache of huggingface_hub, which HF_HOME or HF_HUB_CACHE sets."""
+    """Return the cache folder of huggingface_hub, which HF_HOME or HF_HUB_CACHE sets."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
@@ -369,7 +374,7 @@ def _repo_cache(repo: str) -> Path:
 
 
 def _cached_path(listing: _Listing, file: RemoteFile) -> Path | None:
-    """Return the path of a file in the cache, if it has this size."""
+    """Return the path of a file in the cache; None if it is missing or has another size."""
     path = _repo_cache(listing.repo) / "snapshots" / listing.commit / file.name
     return path if path.is_file() and path.stat().st_size == file.size else None
 
@@ -379,7 +384,7 @@ def _explain(
 ) -> str:
     """Return a sentence that says which weights were chosen, and why."""
     names = [option.label for option in options if option is not choice]
-    others = f"; it also has {', '.join(names)} (name one after a colon)" if names else ""
+    others = f"; it also has {', '.join(names)} (append :NAME to choose one)" if names else ""
     return (
         f"{listing.repo} {listing.commit[:8]}: {choice.label}, {human_size(choice.size)}, needs "
         f"{human_size(choice.memory(dtype))} of {human_size(free)} of memory in {dtype}{others}"
@@ -389,7 +394,7 @@ def _explain(
 def _no_weights(repo: str, names: Sequence[str]) -> WrongUsage:
     pickles = [name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLES)]
     if not pickles:
-        return WrongUsage(f"{repo} has neither model.safetensors nor GGUF files")
+        return WrongUsage(f"{repo} has no weights: expected model.safetensors or GGUF files")
     from transformer.checkpoint.safetensors import conversion_command
 
     return WrongUsage(
@@ -433,7 +438,7 @@ def _fetch(
     """Fetch a file into the cache and return its path.
 
     Raises:
-        Corrupt: it has another hash than the hub lists.
+        Corrupt: the hash of the file differs from the hash that the hub lists.
     """
     from huggingface_hub import hf_hub_download
 
@@ -455,10 +460,10 @@ def _fetch(
 def _fetch_blob(
     listing: _Listing, file: RemoteFile, notify: Notify, progress: Callable[[int], None]
 ) -> None:
-    """Fetch a large file into the cache; a partial file there is continued.
+    """Fetch a large file into the cache, resuming from a partial file if there is one.
 
-    huggingface_hub deletes a partial file when a download ends early, so this file calls only its
-    lower level, which resumes.
+    `hf_hub_download` deletes a partial file when a download ends early, so this function calls
+    huggingface_hub's `http_get`, which can resume.
     """
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -469,7 +474,7 @@ def _fetch_blob(
     blob, partial = blobs / str(metadata.etag), blobs / f"{metadata.etag}.pellucid"
     if blob.is_file() and blob.stat().st_size == file.size:
         return
-    blob.unlink(missing_ok=True)  # of another size: damaged
+    blob.unlink(missing_ok=True)  # its size is wrong
     if partial.is_file() and partial.stat().st_size > file.size:
         partial.unlink()
     headers = build_hf_headers()
@@ -519,7 +524,7 @@ class _CountingFile(io.FileIO):
 
 
 def hash_like(expected: str, path: Path) -> str:
-    """Return the hash of a file, of the same kind as an `expected` one of a listing."""
+    """Return the hash of a file, `sha256:HEX` or `git:HEX` as the `expected` hash."""
     if expected.startswith("sha256:"):
         with path.open("rb") as file:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
@@ -536,7 +541,7 @@ def _wrong_hash(listing: _Listing, file: RemoteFile) -> Corrupt:
 
 
 def _patiently(call: Callable[[], T], notify: Notify) -> T:
-    """Return the result of a request, which is repeated when the hub asks to wait for a while."""
+    """Return the result of `call`; retry it when the hub answers 429 or 503 with a Retry-After."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for _ in range(MAX_ATTEMPTS - 1):
@@ -555,7 +560,7 @@ def _patiently(call: Callable[[], T], notify: Notify) -> T:
 
 @contextlib.contextmanager
 def _translate(name: str) -> Iterator[None]:
-    """Raise the errors of huggingface_hub in the block as those of Pellucid."""
+    """Convert errors of huggingface_hub that the block raises to a `Failure`."""
     try:
         yield
     except Failure:
@@ -591,11 +596,11 @@ def _failure(name: str, error: BaseException) -> Failure | None:
                 f"{name} is not in {cache_folder()}, and HF_HUB_OFFLINE forbids to fetch it"
             )
         case errors.HFValidationError():
-            return WrongUsage(f"{name!r} is not a name of the hub: {error}")
+            return WrongUsage(f"{name!r} is not a name of a model of the hub: {error}")
         case errors.HfHubHTTPError() if status in (401, 403):
             return Forbidden(f"{end} refuses the token for {repo} ({status}): check HF_TOKEN")
         case errors.HfHubHTTPError() if status == 429:
-            return RateLimited(f"{end} answers too many requests for {repo}: try again later")
+            return RateLimited(f"{end} limits the rate of requests for {repo}: try again later")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return DoesNotFit(f"the disk of {cache_folder()} is full: free some space")
         case OSError() | ValueError() | errors.HTTPError():  # pyright: ignore[reportPrivateImportUsage]

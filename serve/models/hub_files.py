@@ -1,8 +1,9 @@
 """Choose among the weights of a repository: safetensors, or one of its GGUF quantizations.
 
-Weights in memory have 8, 16 or 32 bits, whatever the file has. So fewer than 8 bits in a file save
-disk and no memory, and more bits than fit into memory are of no use. `choose` takes a file that the
-cache has already if it fits, else the most precise one that fits.
+In memory a weight has 8, 16 or 32 bits. So a file with fewer than 8 bits per weight saves disk
+space but no memory, and the precision of a file is lost if memory only suffices for a narrower
+dtype. Of the files that fit, `choose` prefers one that the cache has already, then the most precise
+one.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Candidate:
 
     Attributes:
         label: "safetensors", or the quantization of a GGUF file.
-        weights: the files of the weights; of a split GGUF file in order.
-        size: their bytes.
+        weights: the names of the files, those of a split model in order.
+        size: the bytes of these files.
         bits: bits per weight, approximately.
     """
 
@@ -68,20 +69,20 @@ class Candidate:
 
 
 def candidates(files: Iterable[RemoteFile], bits: float = 16) -> list[Candidate]:
-    """Return the weights among the files of a repository.
+    """Return the choices of weights in a repository: its safetensors, and each GGUF quantization.
 
     Args:
         files: all files of the repository.
         bits: bits per weight of the safetensors.
     """
     sizes = {file.name: file.size for file in files}
-    found = []
+    options = []
     top = [name for name in sizes if "/" not in name]
     single = [name for name in top if name == "model.safetensors"]
     shards = sorted(name for name in top if fnmatch(name, "model-*-of-*.safetensors"))
     if weights := single or shards:
         size = sum(sizes[name] for name in weights)
-        found.append(Candidate("safetensors", tuple(weights), size, bits))
+        options.append(Candidate("safetensors", tuple(weights), size, bits))
     groups: dict[str, list[str]] = {}
     for name in sorted(sizes):
         if name.endswith(".gguf") and not re.search("mmproj|imatrix", name, re.IGNORECASE):
@@ -91,12 +92,12 @@ def candidates(files: Iterable[RemoteFile], bits: float = 16) -> list[Candidate]
         labels = _QUANTIZATION.findall(stem.upper())
         label = labels[-1][0] if labels else "gguf"
         size = sum(sizes[name] for name in weights)
-        found.append(Candidate(label, tuple(weights), size, _bits(label)))
-    return found
+        options.append(Candidate(label, tuple(weights), size, _bits(label)))
+    return options
 
 
 def _bits(label: str) -> float:
-    """Return the bits per weight of a quantization, approximately: its blocks store scales, too."""
+    """Return the approximate bits per weight of a quantization, including the scales of blocks."""
     if label.endswith("32"):
         return 32
     if label.endswith("16"):
@@ -108,11 +109,11 @@ def _bits(label: str) -> float:
 def choose(
     repo: str, options: Sequence[Candidate], file: str | None, free: int, cached: Iterable[str] = ()
 ) -> tuple[Candidate, Dtype]:
-    """Return the weights to use, and the widest dtype in which they are known to fit.
+    """Return the weights to use, and the widest dtype, up to the file's precision, that fits.
 
-    Weights in memory have 8, 16 or 32 bits. Of the files whose precision fits into memory, one that
-    the cache has is preferred, then the most precise one, then safetensors. If none fits, it is the
-    one whose precision is nearest to 8 bits.
+    Of the files that fit into memory with their full precision, one that the cache has is
+    preferred, then the most precise one, then safetensors. If none fits, the file whose precision
+    is nearest to 8 bits is chosen.
 
     Args:
         repo: the name of the repository, for messages.
@@ -126,12 +127,12 @@ def choose(
         DoesNotFit: the model does not fit into memory in any dtype.
     """
     if file is not None:
-        wanted = file.lower()
+        name = file.lower()
         options = [
             option
             for option in options
-            if wanted == option.label.lower()
-            or any(wanted in (w.lower(), PurePosixPath(w).name.lower()) for w in option.weights)
+            if name == option.label.lower()
+            or any(name in (w.lower(), PurePosixPath(w).name.lower()) for w in option.weights)
         ] or _no_such_file(repo, file, options)
     cached = set(cached)
 
@@ -154,17 +155,17 @@ def choose(
 
 def _no_such_file(repo: str, file: str, options: Sequence[Candidate]) -> list[Candidate]:
     names = ", ".join(f"{o.label} ({o.weights[0]})" for o in options)
-    raise NotFound(f"{repo} has no weights {file!r}: it has {names}")
+    raise NotFound(f"{repo} has no weights {file!r}: use one of {names}")
 
 
 def select_files(repo: str, names: Iterable[str], weights: Iterable[str]) -> list[str]:
-    """Return the files to fetch with the weights: configuration, tokenizer and templates.
+    """Return the files to fetch: the weights, and the configuration, tokenizer and templates.
 
-    A GGUF file needs no other file.
+    A GGUF file contains all of these, so only the GGUF file is fetched.
 
     Args:
         repo: the name of the repository, for the message.
-        names: all its files.
+        names: all files of the repository.
         weights: the files of the weights.
     """
     weights = list(weights)
@@ -176,6 +177,6 @@ def select_files(repo: str, names: Iterable[str], weights: Iterable[str]) -> lis
         for name in names
         if any(fnmatch(name, p) and p.count("/") == name.count("/") for p in patterns)
     ]
-    index = [n for n in side if any(fnmatch(n, p) for p in _WEIGHT_INDEXES)]
-    kept = ["model.safetensors.index.json"] if len(weights) > 1 else []
-    return [name for name in side if name not in index or name in kept] + weights
+    indexes = [n for n in side if any(fnmatch(n, p) for p in _WEIGHT_INDEXES)]
+    used = ["model.safetensors.index.json"] if len(weights) > 1 else []
+    return [name for name in side if name not in indexes or name in used] + weights

@@ -1,16 +1,16 @@
-"""Image models: prompts in, images out, one denoising step of a batch a work item.
+"""Image models: prompts in, images out, one denoising step of a batch per work item.
 
 Images of one or several requests are generated in batches, which is cheaper: on two cores a step
-takes 22 ms of CPU time for one image, and 8 ms an image in a batch of eight. A batch starts a
+takes 22 ms of CPU time for one image, and 8 ms per image in a batch of eight. A batch starts a
 moment after the first image is queued, with all queued images that can share a batch, and runs
 through all noise levels. Later requests join the next batch; at most two batches run at a time, so
-that an image can start while others are half done. The images of one request are queued one a
-round, after the first images of other requests.
+that an image can start while others are half done. The queue is round-robin over requests: it
+takes one image of each waiting request, then the second image of each, and so on.
 
-A batch is padded to 1, 2, 4 or 8 images, so that there are few programs. The programs for one image
-are compiled when the model is loaded, others at first use, outside the device thread. The batch
-size changes the rounding of the last bits, and so a few bytes of an image by one. So a request with
-a seed does not share batches: it gives the same bytes under any load.
+A batch is padded to 1, 2, 4 or 8 images, so that few programs are compiled: those for one image
+when the model is loaded, the others at first use, outside the device thread. Programs of different
+batch sizes round differently, which changes a few bytes of an image by one. So a request with a
+seed does not share a batch with other requests: it gives the same bytes under any load.
 
 Leaves out: images that join a running batch, which would mix several noise levels in a batch.
 """
@@ -46,9 +46,9 @@ from transformer.engine.requests import Busy
 
 BATCH_SIZES = (1, 2, 4, 8)
 MAX_MASKED_BATCH_SIZE = 4  # with masks, a step runs the network several times and must stay short
-MAX_BATCHES = 2  # running at a time
+MAX_BATCHES = 2  # that run at the same time
 BATCH_WAIT_SECONDS = 0.02  # from the first queued image to the start of its batch
-MAX_WAITING = 128  # images; a quarter of it for one client
+MAX_WAITING = 128  # images in the queue; at most a quarter of them for one client
 _INITIAL_BATCH_SECONDS = 2.0  # estimated duration of a batch before the first one ended
 
 
@@ -59,7 +59,7 @@ class InitImage:
     Attributes:
         image: float32 [Y, X, 3], at the size of the denoiser.
         mask: float32 [Y, X, 1], the area to change; None for the whole image.
-        strength: the noise level to start from, from 0 to 1.
+        strength: the noise level to start from, from 0 (the image itself) to 1 (pure noise).
     """
 
     image: np.ndarray
@@ -78,7 +78,7 @@ class ImageRequest:
         plan: the options of the sampler.
         num_partial_images: the number of intermediate images to deliver of each image.
         init_image: the image to start from; None to start from noise.
-        client: the name of the client.
+        client: the name of the client, to limit the queued images of each client.
     """
 
     prompt: str
@@ -91,7 +91,7 @@ class ImageRequest:
 
     @property
     def max_batch_size(self) -> int:
-        """Return the maximum batch size for requests like this one."""
+        """Return the maximum size of a batch that contains this request."""
         return (
             MAX_MASKED_BATCH_SIZE
             if self.init_image and self.init_image.mask is not None
@@ -123,7 +123,7 @@ class ImageOutput:
 
 @dataclass(eq=False)
 class _QueuedImage:
-    """One image of a request."""
+    """One image of a request, in the queue or in a batch."""
 
     request: ImageRequest
     index: int
@@ -164,7 +164,7 @@ class ImageModel:
         memory: bytes of weights.
         fingerprint: changes with weights and library versions.
         dtype: the dtype of its weights.
-        notify: called with a line for each slow operation.
+        notify: called with a message for each slow operation.
         work_queue: its queue of work items on the device.
     """
 
@@ -188,7 +188,7 @@ class ImageModel:
 
     @property
     def context(self) -> int:
-        """Return the maximum tokens of a prompt; further ones are ignored."""
+        """Return the maximum tokens of a prompt; the tokens after them are ignored."""
         return MAX_TOKENS
 
     @property
@@ -206,7 +206,7 @@ class ImageModel:
         Closing the iterator cancels the remaining work.
 
         Raises:
-            Busy: too many images wait, in all or of this client.
+            Busy: too many images are queued, in total or by this client.
             Exception: any error of the computation.
         """
         rows = self._admit(request)
@@ -224,11 +224,11 @@ class ImageModel:
             self._waiting = [row for row in self._waiting if row.is_active]
 
     def compile(self, size: int, request: ImageRequest) -> None:
-        """Compile the programs for a batch of requests like this one. Blocks for seconds.
+        """Compile the programs for a batch size, unless they are compiled. Blocks for seconds.
 
         Args:
             size: the batch size.
-            request: an example request.
+            request: an example; requests with an image, or with a mask, have their own programs.
         """
         kind = size, request.init_image and request.init_image.mask is None
         if kind in self._compiled:
@@ -324,15 +324,15 @@ def denoise_batch(
     rows: Sequence[tuple[ImageRequest, int, int]],
     size: int | None = None,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yield the denoising steps of a batch, each computed on demand.
+    """Yield the images of a batch after each denoising step, which is computed on demand.
 
     Args:
         pipeline: the model.
         rows: requests with equal plan and strength, each with its seed and the index of its image.
-        size: the batch size, one of `BATCH_SIZES`; None for the smallest that holds the rows.
+        size: the batch size B, one of `BATCH_SIZES`; None for the smallest that holds the rows.
 
     Yields:
-        The noisy images and the estimated denoised images after each step.
+        The noisy images and the estimated denoised images, each float32 [B, Y, X, 3].
     """
     size = size or padded_batch_size(len(rows))
     padded = [*rows, *[rows[-1]] * (size - len(rows))]
@@ -375,14 +375,14 @@ def load_image_model(
 
     Args:
         id: the id to serve it under.
-        path: a folder with `denoiser` and `upscaler`.
-        encoder: the folder of the text encoder that its denoiser was trained with.
+        path: a folder with the subfolders `denoiser` and `upscaler`.
+        encoder: the folder of the text encoder that the denoiser was trained with.
         owned_by: the publisher.
-        notify: called with a line for each slow operation.
+        notify: called with a message for each slow operation.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is damaged or of an unknown kind, or the encoder is a wrong one.
+        ValueError: a file is damaged or of an unknown kind, or the encoder's width is wrong.
     """
     enable_compilation_cache()
     pipeline = diffusion.load(path, encoder)
@@ -431,7 +431,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
 
 
 def _recognizes(path: Path) -> bool:
-    """Whether a folder has the layout of `diffusion`."""
+    """Whether a folder has the layout of the models of `diffusion`."""
     return all((path / name / "config.json").is_file() for name in ("denoiser", "upscaler"))
 
 

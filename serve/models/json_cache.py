@@ -1,7 +1,7 @@
 """Small JSON files that cache hashes, measurements and chosen dtypes.
 
-If two processes write a file at the same time, the later one wins, and the other's entry is
-computed again.
+If two processes write a file at the same time, the file has the entry of the later one; the entry
+of the other process is computed again.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from serve.models import disk
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the entries of a file; none if it is missing or damaged."""
+    """Return the entries of a file; an empty dict if the file is missing or damaged."""
     try:
         entries = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

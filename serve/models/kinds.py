@@ -1,7 +1,7 @@
-"""The table of kinds of model.
+"""The table of model kinds: decoder, encoder, reranker, speech and images.
 
-A new kind needs a file in this package, an entry here, its name in `catalogue.KINDS`, and a route
-that `serve/api/app.py` includes. `tests/serve/toy_kind.py` is a minimal example.
+A new kind needs a file in this package, an entry in `KINDS` here and in `catalogue.KINDS`, and a
+route that `serve/api/app.py` includes. `tests/serve/toy_kind.py` is a minimal example.
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ KINDS: dict[str, Kind] = {
 
 
 def recognize(path: Path) -> Kind | None:
-    """Return the kind of a file or folder, or None. The last kind that recognizes it counts."""
+    """Return the last kind in `KINDS` that recognizes a file or folder; None if no kind does."""
     return next((kind for kind in reversed(KINDS.values()) if kind.recognizes(path)), None)
 
 
 def kind_of(files: ModelFiles) -> Kind:
-    """Return the kind of a model, from its catalogue entry or else from its files."""
+    """Return the kind of a model: that of its catalogue entry, or else that of its files."""
     if files.entry is not None:
         return KINDS[files.entry.kind]
     return recognize(files.path) or decoder.KIND

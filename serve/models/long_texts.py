@@ -1,4 +1,4 @@
-"""Embed texts that are longer than a model reads, as averages over their chunks.
+"""Embed texts that are longer than a model's context, as averages over their chunks.
 
 The method is that of OpenAI's cookbook ("Embedding texts that are longer than the model's maximum
 context length"): a text is split into chunks of maximum length, each chunk is embedded, and the
@@ -18,13 +18,13 @@ import numpy as np
 def split(
     ids: Sequence[int], limit: int, num_prefix: int = 1, num_suffix: int = 1
 ) -> list[list[int]]:
-    """Return the chunks of a text, each between the special tokens of the text.
+    """Split the token ids of a text into chunks, each with the special tokens around it.
 
     Args:
         ids: the token ids of the text, special tokens included.
         limit: the maximum tokens of a chunk, special tokens included.
         num_prefix: the number of special tokens before the text.
-        num_suffix: the number of special tokens after it.
+        num_suffix: the number of special tokens after the text.
 
     >>> split([101, 1, 2, 3, 4, 5, 102], 4)
     [[101, 1, 2, 102], [101, 3, 4, 102], [101, 5, 102]]
@@ -40,7 +40,7 @@ def split(
 
 
 def truncated(ids: Sequence[int], limit: int, num_suffix: int = 1) -> list[list[int]]:
-    """Return the text as one chunk, truncated to `limit` tokens before its last special tokens.
+    """Return a text as one chunk of at most `limit` tokens. The final special tokens are kept.
 
     >>> truncated([101, 1, 2, 3, 102], 4)
     [[101, 1, 2, 102]]
@@ -56,14 +56,14 @@ def average(
     normalize: bool,
     num_special: int = 2,
 ) -> np.ndarray:
-    """Return a vector for each text, the weighted mean of the vectors of its chunks.
+    """Return one vector per text: the weighted mean of the vectors of its chunks.
 
     Args:
         vectors: float32 [N, D], of all chunks of all texts, in order.
-        chunks: the chunks of each text.
+        chunks: the chunks of each text, as token ids.
         normalize: whether to normalize a mean of several vectors to length 1, as the model
             normalizes its vectors.
-        num_special: the number of special tokens of a chunk, which have no weight.
+        num_special: the number of special tokens of a chunk, which do not count for its weight.
 
     Returns:
         float32 [len(chunks), D]. The vector of a text with one chunk is copied unchanged.

@@ -1,14 +1,15 @@
 """The models of a server: lookup by id or alias, loading and unloading.
 
 `catalogue.py` lists the models that can be pulled; this file holds the models that are served. A
-name that is neither an id nor an alias of a served model is an error, never another model.
+name that is neither an id nor an alias of a served model raises `UnknownModel`; there is no
+fallback to another model.
 
 A model is loaded when it is first requested. When memory is short, the least recently used idle
 models are unloaded. Unloading only drops the registry's reference: a request handler that holds the
 model may still use it.
 
-Fine-tuned and pulled models come and go while a server runs. Each lookup and each list looks for
-changes in the data folder, so that they are current.
+Fine-tuned and pulled models can be added and removed while a server runs. So each lookup and each
+listing first looks for changes in the data folder.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class Registry:
         self._models = {model.id: model for model in models}
         if len(self._models) < len(models):
             raise ValueError(f"models has an id twice: {', '.join(m.id for m in models)}")
-        # The event loop reads it while the loading thread changes it, so each of them accesses it
-        # only once in each step.
+        # The event loop reads `_loaded` while the loading thread changes it, so a function must
+        # not rely on two accesses seeing the same models.
         self._loaded = {m.id: m for m in models if not isinstance(m, ModelSpec)}
         self._last_used = dict.fromkeys(
             self._loaded, 0
@@ -100,7 +101,7 @@ class Registry:
         # A separate thread: waiting loads must not occupy the threads that prepare requests.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._load_lock = threading.RLock()  # reentrant: `load` loads the base model too
-        self._damaged: dict[str, tuple[object, str]] = {}  # stamp of its files, error
+        self._damaged: dict[str, tuple[object, str]] = {}  # by id: stamp of the files, error
         # In this order, because an adapter may belong to a pulled model.
         self._sources = (pulled_specs, adapter_specs)
         self._known: dict[Specs, Mapping[str, ModelSpec]] = {}
@@ -200,7 +201,7 @@ class Registry:
 
         Raises:
             UnknownModel: no served model has this id or alias.
-            CannotLoad: memory does not suffice, or its files are damaged.
+            CannotLoad: memory does not suffice, or the model's files are damaged.
         """
         id = self.resolve(name).id
         self._last_used[id] = next(self._use_counter)
@@ -208,7 +209,7 @@ class Registry:
         return await self.load_soon(id)
 
     async def load_soon(self, name: str) -> LoadedModel:
-        """Load a model if it is not loaded, on the loading thread; raises as `get`."""
+        """Return a model, after loading it on the loading thread if necessary; raises as `get`."""
         id = self.resolve(name).id
         if (model := self._loaded.get(id)) is not None:
             return model
@@ -224,7 +225,7 @@ class Registry:
 
         Raises:
             UnknownModel: no served model has this id.
-            CannotLoad: memory does not suffice, or its files are damaged.
+            CannotLoad: memory does not suffice, or the model's files are damaged.
         """
         with self._load_lock:
             if (model := self._loaded.get(id)) is not None:
@@ -287,7 +288,7 @@ class Registry:
 
         Raises:
             UnknownModel: no served model has this id.
-            ValueError: it is the only model.
+            ValueError: the model is the only one.
         """
         if id not in self._models:
             raise UnknownModel(id)

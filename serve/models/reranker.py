@@ -1,9 +1,10 @@
 """Cross-encoders: a question and a document in, the relevance of the document out.
 
-The pairs of a request are packed into batches as the texts of an encoder are (`encoder.py`), and
-the logits pass the activation that sentence-transformers' `CrossEncoder` applies: the one that the
-files name, else the sigmoid. A model with two labels was trained as a classifier (monoBERT;
-Nogueira & Cho 2019, arXiv:1901.04085); its score is the probability of the second label.
+The pairs of a request are packed into batches as the texts of an embedding request are
+(`encoder.py`). The activation function of the logits is that of sentence-transformers'
+`CrossEncoder`: the one that the model's files name, else the sigmoid. A model with two labels was
+trained as a classifier (monoBERT; Nogueira & Cho 2019, arXiv:1901.04085); its score is the
+probability of the second label.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from transformer.checkpoint import bert, encoders, sentence_transformers
 from transformer.encoder import Config, Params
 from transformer.pooling import ACTIVATIONS
 
-MAX_LOGIT_ERROR = 0.02  # of a narrower dtype than float32, relative to the range of the logits
+MAX_LOGIT_ERROR = 0.02  # of bfloat16, relative to the largest absolute logit in float32
 PROBE_DOCUMENTS = 3
 
 
@@ -43,8 +44,9 @@ class RerankModel(TextModel):
     """A loaded cross-encoder.
 
     Attributes:
-        activation: a name of `pooling.ACTIVATIONS`, applied to the logit of one label.
-        prompt: the text that is put before a question; usually empty.
+        activation: the activation function of a model with one label, a key of
+            `pooling.ACTIVATIONS`.
+        prompt: the text to put before a question; usually empty.
     """
 
     kind: ClassVar[str] = "reranker"
@@ -55,15 +57,16 @@ class RerankModel(TextModel):
     prompt: str
 
     def encode(self, text: str, *, is_question: bool = False) -> list[int]:
-        """Return the token ids of one text of a pair, without special tokens."""
+        """Return the token ids of a question or document, without special tokens."""
         prompt = self.prompt if is_question else ""
         return self.tokenizer.encode(prompt + text, add_special_tokens=False)
 
     async def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
-        """Return the relevance of each pair: float32 [len(pairs)].
+        """Return the relevance of the document of each pair: float32 [len(pairs)].
 
         Args:
-            pairs: the token ids of each pair with special tokens, and the type of each token.
+            pairs: the token ids of each pair, special tokens included, and the token type ids
+                (BERT's segment ids).
 
         Raises:
             Busy: too many batches wait.
@@ -85,7 +88,7 @@ class RerankModel(TextModel):
 
 
 def relevance(logits: np.ndarray, activation: str) -> np.ndarray:
-    """Return the relevance from logits, float32 [N, 1 or 2] -> [N]."""
+    """Return the relevance of N documents from their logits, float32 [N, 1 or 2] -> [N]."""
     if logits.shape[1] == 2:  # the softmax of two is the sigmoid of their difference
         return np.asarray(jax.nn.sigmoid(logits[:, 1] - logits[:, 0]))
     return np.asarray(ACTIVATIONS[activation](jnp.asarray(logits[:, 0])))
@@ -160,8 +163,8 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     assert cfg.head is not None
     if cfg.head.num_labels > 2:
         raise ValueError(
-            f"{files.path}: num_labels must be 1, or 2 for a classifier of relevance, to rank "
-            f"documents, got {cfg.head.num_labels}"
+            f"{files.path}: to rank documents, num_labels must be 1, or 2 for a classifier, got "
+            f"{cfg.head.num_labels}"
         )
 
     def load() -> RerankModel:

@@ -1,7 +1,7 @@
-"""From the files of a model to its spec: catalogue models, local models and fine-tuned models.
+"""From the files of a model to its `ModelSpec`: catalogue, hub, local and fine-tuned models.
 
-Headers are read at once, so that a damaged file or an unknown kind is reported before a server
-starts; weights are read when the model is first requested.
+The headers of the files are read at once, so that a damaged file or an unknown kind is reported
+before a server starts; weights are read when the model is first requested.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
 
 
 class AdapterSpecs:
-    """The specs of all fine-tuned models in a data folder. Each call returns the current ones.
+    """The specs of all fine-tuned models in a data folder. Each call looks for changes there.
 
     Args:
         home: the data folder.
@@ -88,12 +88,14 @@ class AdapterSpecs:
 class PulledSpecs:
     """The specs of the pulled models, of the catalogue and of the hub.
 
-    Each call returns the current ones. A model that cannot be used is skipped with a warning.
+    Each call looks for pulled and removed models. A model that cannot be used is skipped with a
+    warning.
 
     Args:
         known_models: the catalogue.
         options: how to load the models.
-        paths: the files by id of the models that are served anyway; those found are added.
+        paths: the files, by id, of the models that the server was started with. The files of the
+            pulled models are added.
     """
 
     def __init__(

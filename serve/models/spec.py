@@ -3,7 +3,7 @@
     ModelFiles  the paths of a model's files
     ModelSpec   its description, read from the headers of the files, and how to load it
     LoadedModel the model in memory; each kind has its own class with this protocol
-    Kind        a kind of model; `kinds.py` holds the table
+    Kind        a kind of model, such as decoder or encoder; `kinds.py` holds the table
 
 Nothing here imports JAX.
 """
@@ -41,7 +41,7 @@ class ModelFiles:
 
 
 class LoadedModel(Protocol):
-    """A model in memory."""
+    """A model in memory: the attributes and methods that all kinds of models have."""
 
     kind: ClassVar[str]
 
@@ -77,7 +77,7 @@ class LoadedModel(Protocol):
 
     @property
     def memory(self) -> int:
-        """Return the bytes it takes."""
+        """Return the bytes of memory that the model takes."""
         ...
 
     @property
@@ -92,22 +92,23 @@ class LoadedModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model that is loaded when it is first requested.
+    """The description of a model that is loaded when it is first requested.
 
     Attributes:
         id: the id it is served under.
         created: seconds since 1970.
         owned_by: the publisher.
-        memory: returns the bytes it will take, approximately; the maximum if its dtype is not
-            chosen yet.
-        load: loads it, in seconds. It takes the loaded base model if `base` is set.
+        memory: returns the bytes of memory that the model will take, approximately; the maximum if
+            its dtype is not chosen yet.
+        load: loads the model, which takes seconds. Its argument is the loaded base model if `base`
+            is set; else it has none.
         stamp: returns a value that changes when the files change.
         kind: the name of its `Kind`.
         base: the id of the base model whose weights it shares.
-        path: its files, if it can be fine-tuned.
-        default_sampling: default sampling parameters, if it generates text.
+        path: the GGUF file or folder, if the model can be fine-tuned.
+        default_sampling: default sampling parameters, if the model generates text.
         context: the maximum number of tokens, if it is known before loading.
-        capabilities: what it serves, as `serves` in `models.toml`; empty for all that its kind can.
+        capabilities: the API tasks, as `serves` in `models.toml`; empty for all tasks of its kind.
     """
 
     id: str
@@ -129,10 +130,10 @@ class LoadOptions:
     """The options of a server for loading models.
 
     Attributes:
-        cache_budget: bytes for the keys and values of a model.
+        cache_budget: bytes of the KV cache of a model.
         dtype: "float32", "bfloat16", "int8" or "auto". A kind without this dtype uses "auto".
         home: the data folder, where speeds are recorded.
-        notify: called with a line for each slow operation.
+        notify: called with a message for each slow operation.
         memory_limit: the maximum bytes of a model; None for the available memory.
         sampling_defaults: "model" for a model's own defaults, "openai" for those of OpenAI's API.
         max_embedding_tokens: the maximum tokens of an encoder's input; None for the model's own.
@@ -175,9 +176,10 @@ class Kind:
         task: the task as a verb phrase, for messages ("... does not generate text").
         recognizes: whether a file or folder is of this kind, by its first bytes or config.json.
         describe: returns the spec of a model from the headers of its files. It raises OSError if a
-            file cannot be read, and ValueError if a file is damaged or the options do not suit it.
+            file cannot be read, and ValueError if a file is damaged or the options do not suit the
+            model.
         example: returns an example request to a loaded model.
-        has_encoder: whether it needs a model of kind "encoder" as text encoder.
+        has_encoder: whether models of this kind need a model of kind "encoder" as text encoder.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Whisper models: audio in, transcript segments out, as work items among those of other models.
+"""Whisper models: audio in, transcript segments out, one device call per work item.
 
-`audio.transcribe` is synchronous code that a worker thread runs. It passes its device work (the
-encoder of a window, a decoding step) to `WorkQueue.run_sync`, and so shares the device with all
-models.
+`audio.transcribe` is synchronous code that a worker thread runs. It passes each call to the device
+(the encoder of a window, a decoding step) to `WorkQueue.run_sync`, and so shares the device with
+the other models.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SpeechModel:
 
     @property
     def context(self) -> int:
-        """Return the maximum tokens of prompt and text of a window together."""
+        """Return the maximum tokens of a window: prompt and transcript together."""
         return self.whisper.cfg.max_text_len
 
     @property
@@ -151,7 +151,7 @@ class SpeechModel:
 
 
 class Stopped(Exception):
-    """The rest of a transcript is no longer needed."""
+    """Raised in the worker thread to end a transcription whose rest is not needed."""
 
 
 def load_speech_model(
@@ -170,7 +170,7 @@ def load_speech_model(
         owned_by: the publisher.
         dtype: one of `dtypes.DTYPES`, or "auto" for the faster of `dtypes.FLOAT_DTYPES` on this
             machine.
-        notify: called with a line for each slow operation.
+        notify: called with a message for each slow operation.
 
     Raises:
         OSError: a file cannot be read.
@@ -201,7 +201,7 @@ def load_speech_model(
 
 
 def _measure(path: Path, dtype: Dtype) -> tuple[float, np.ndarray]:
-    """Return the seconds of a probe window, and the log-probabilities [T, V] of its tokens."""
+    """Return the seconds for random audio and tokens, and the tokens' log-probabilities [T, V]."""
     whisper = audio.load_model(path, dtype=dtype)
     rng = np.random.default_rng(0)
     mel = rng.normal(size=(1, whisper.cfg.num_frames, whisper.cfg.num_mels)).astype(np.float32)
