@@ -1,10 +1,10 @@
 """POST /v1/embeddings: a vector for each text.
 
 The input is a text, token ids, or a list of either. If the request names the served model by its
-id, the ids are those of its vocabulary. If it names an alias that is an OpenAI model, the ids are
-in the encoding of that model, so they are decoded to text and encoded again; clients that tokenize
-before they send (LangChain's default) rely on this. Official clients request base64 by default:
-little-endian float32.
+id, the token ids are those of its vocabulary. If the request names an alias that is an OpenAI
+model, the token ids are those of OpenAI's encoding, so they are decoded to text and encoded again;
+clients that tokenize before they send (LangChain's default) rely on this. OpenAI's client requests
+base64 by default: little-endian float32.
 
 ``dimensions`` keeps the first components of a vector and rescales it to its original norm. Models
 trained for this (Matryoshka embeddings) lose less quality than others.
@@ -172,7 +172,11 @@ def _decode(ids: list[int], encoding: bpe.Encoding, name: str, path: str) -> str
 
 
 def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | None:
-    """Return the number of tokens to truncate an input to; None for no truncation."""
+    """Return the number of tokens to truncate an input to; None for no truncation.
+
+    Raises:
+        APIError: 400 for fields that contradict each other, or a number out of range.
+    """
     num_tokens = body.truncate_prompt_tokens
     truncates = body.truncate or body.long_text_mode == "truncate"
     if body.long_text_mode == "mean" and (body.truncate or num_tokens is not None):
@@ -215,7 +219,7 @@ def truncation_length(
 
 
 def check_total(total: int, path: str) -> None:
-    """Raise APIError if the texts of a request up to the one at ``path`` have too many tokens."""
+    """Raise APIError (400) if the texts up to ``path`` have more than `MAX_TOKENS` tokens."""
     if total > MAX_TOKENS:
         param = path.partition("[")[0]
         raise APIError(
@@ -228,7 +232,7 @@ def check_total(total: int, path: str) -> None:
 
 
 def check_prompt_name(name: str | None, model: EmbeddingModel) -> None:
-    """Raise APIError for a prompt that the model does not have."""
+    """Raise APIError (400) if the model has no prompt of this name."""
     if name is not None and name not in model.prompts:
         known = ", ".join(map(repr, model.prompts)) or "none"
         raise APIError(
@@ -241,18 +245,20 @@ def check_prompt_name(name: str | None, model: EmbeddingModel) -> None:
 
 
 def check_known(ids: list[int], model: EmbeddingModel | RerankModel, path: str) -> None:
-    """Raise APIError for a text without tokens, or a special token without an embedding."""
+    """Raise APIError (400) if a text has no tokens, or a special token that has no embedding."""
     if not ids:
         raise APIError(
             400,
-            f"Invalid '{path}': it has no tokens.",
+            f"Invalid '{path}': expected a text with at least one token, but got a text without "
+            "tokens.",
             param=path,
             code="empty_string",
         )
     if max(ids) >= model.cfg.vocab_size:
         raise APIError(
             400,
-            f"Invalid '{path}': it has a special token that `{model.id}` has no embedding of.",
+            f"Invalid '{path}': it contains a special token for which `{model.id}` has no "
+            "embedding. Remove the special token.",
             param=path,
             code="invalid_value",
         )

@@ -2,8 +2,8 @@
 
 OpenAI has no such routes. The paths and fields are those of llama.cpp's router and of LM Studio
 (`load` and `unload` with ``model``), the events of a pull those of Ollama (``status``,
-``completed``, ``total``). A pull fetches from other servers and fills the disk, so it needs
-`--allow-pull`. It takes names of the catalogue and of the hub, never paths or addresses.
+``completed``, ``total``). A pull downloads from other servers and fills the disk, so it needs
+`--allow-pull`. It accepts names of the catalogue and of the hub, but no paths and no URLs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from serve.models import catalogue, download, hub
 
 router = APIRouter(prefix="/pellucid/v1/models")
 
-PROGRESS_SECONDS = 0.2  # between two events with the bytes that have arrived
-# A class precedes its base class.
+PROGRESS_SECONDS = 0.2  # between two progress events of a pull
+# Status and code of the response to each failure. A class precedes its base class.
 _ERRORS: dict[type[Failure], tuple[int, str]] = {
     WrongUsage: (400, "invalid_value"),
     NotFound: (404, "model_not_found"),
@@ -67,11 +67,11 @@ class PullBody(ModelBody):
 
 
 async def status_to_api(state: ServerState, id: str) -> dict[str, Any]:
-    """Return the state of a model, with the memory that it takes or, approximately, will take."""
+    """Return the state of a model; the memory of a model that is not loaded is an estimate."""
     status = state.registry.status(id)
     memory, spec = status.memory, state.registry.spec(id)
     if memory is None and spec is not None:
-        # It depends on the hash of the files, which takes seconds the first time.
+        # The estimate needs the hash of the files, which takes seconds the first time.
         memory = await asyncio.to_thread(spec.memory)
     return {
         "id": status.id,
@@ -108,8 +108,8 @@ async def unload(request: Request) -> dict[str, Any]:
     if not await state.registry.unload_soon(body.model):
         raise APIError(
             409,
-            f"The model `{body.model}` answers a request, or a loaded fine-tuned model shares its "
-            "weights. Try again later.",
+            f"The model `{body.model}` cannot be unloaded: it is processing a request, or a loaded "
+            "fine-tuned model shares its weights. Try again later.",
             param="model",
             code="model_busy",
         )
@@ -118,7 +118,7 @@ async def unload(request: Request) -> dict[str, Any]:
 
 @router.post("/pull", **route_docs(ManagedModel, PullBody, events=PullProgress))
 async def pull(request: Request) -> Response:
-    """Fetch a model of the catalogue or of the hub. When the client disconnects, the pull stops."""
+    """Pull a model of the catalogue or of the hub. When the client disconnects, the pull stops."""
     body, state = await read_json(request, PullBody), state_of(request)
     if not state.allow_pull:
         raise APIError(
@@ -217,4 +217,4 @@ async def _pull_events(state: ServerState, name: str, known_models: catalogue.Ca
 
 
 class _Stopped(Exception):
-    """The client has disconnected."""
+    """Raised on the thread of a pull when the client has disconnected."""

@@ -29,8 +29,8 @@ def model_to_api(model: LoadedModel | ModelSpec, spec: ModelSpec | None = None) 
     """Return a model in OpenAI's shape, with extensions.
 
     Args:
-        model: The model.
-        spec: Its spec, if it is loaded and was loaded from one.
+        model: The model, loaded or not.
+        spec: The spec that a loaded model was loaded from; None if there is none.
     """
     spec = model if isinstance(model, ModelSpec) else spec
     is_loaded = not isinstance(model, ModelSpec)
@@ -42,8 +42,8 @@ def model_to_api(model: LoadedModel | ModelSpec, spec: ModelSpec | None = None) 
         "object": "model",
         "created": model.created,
         "owned_by": model.owned_by,
-        # Extensions. The names of the context are those of several servers: what the model was
-        # trained for, and what a request may use here.
+        # Extensions. As in other servers, `context_length` is the length that the model was trained
+        # for, and `max_model_len` the maximum that this server accepts.
         "kind": model.kind,
         "sampling": generation_config.resolve_params({}, defaults)
         if model.kind == "decoder"
@@ -69,7 +69,7 @@ async def list_models(request: Request) -> dict[str, Any]:
 @router.head("/models/{model_id:path}", include_in_schema=False)
 @router.get("/models/{model_id:path}", **route_docs(Model))  # an id can contain slashes
 async def get_model(request: Request, model_id: str) -> dict[str, Any]:
-    """Return the model with an id or alias."""
+    """Return the model with this id or alias."""
     registry = state_of(request).registry
     return model_to_api(registry.resolve(model_id), registry.spec(model_id))
 

@@ -1,14 +1,15 @@
 """POST /v1/rerank and /v1/score: the relevance of documents to a question.
 
-OpenAI has no such routes. ``/v1/rerank`` has the shape that Cohere, Jina and vLLM share: ``query``
-and ``documents`` in, the most relevant documents out, with index and ``relevance_score``. Like in
-vLLM, it is also at ``/rerank`` and ``/v2/rerank``. ``/v1/score`` is vLLM's: the score of each pair
-of ``text_1`` and ``text_2`` (or ``queries`` and ``documents``), in the order of the request.
+OpenAI has no such routes. ``/v1/rerank`` has the fields that Cohere, Jina and vLLM share: ``query``
+and ``documents`` in, the most relevant documents out, with index and ``relevance_score``. As in
+vLLM, the route is also at ``/rerank`` and ``/v2/rerank``. ``/v1/score`` is vLLM's: the score of
+each pair of ``text_1`` and ``text_2`` (or ``queries`` and ``documents``), in the order of the
+request.
 
-A cross-encoder reads question and document together. A model for embeddings is accepted as well,
-and is the default if no cross-encoder is served: the score is then the cosine of the two vectors,
-with the model's prompts for queries and documents. The field ``method`` of the response, an
-extension, says which of the two it was: "cross_encoder" or "embeddings".
+A cross-encoder reads question and document together. An embedding model is accepted as well, and
+is the default if no cross-encoder is served: the score is then the cosine similarity of the two
+vectors, computed with the model's prompts for queries and documents. The field ``method`` of the
+response, an extension, is "cross_encoder" or "embeddings".
 
 A pair that is longer than the model's context returns 400, unless ``truncate`` (Text Embeddings
 Inference), ``truncate_prompt_tokens`` (vLLM) or ``max_tokens_per_doc`` (Cohere) cuts it.
@@ -40,12 +41,13 @@ from serve.models.reranker import RerankModel
 router = APIRouter()
 
 MAX_DOCUMENTS = 2048  # in one request
-_QUERY_PROMPTS = ("query",)  # names that sentence-transformers looks for, in this order
+# Prompt names that sentence-transformers looks for, in this order.
+_QUERY_PROMPTS = ("query",)
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 class RerankText(Body):
-    """A document as an object."""
+    """A document that is sent as an object with a text."""
 
     text: Text
 
@@ -65,9 +67,9 @@ Texts = Annotated[
 
 
 class Truncation(Body):
-    """Fields that allow to cut texts."""
+    """The fields that both routes have: the model, and how to cut texts that are too long."""
 
-    model: str = ""  # empty: a cross-encoder that is served, or else a model for embeddings
+    model: str = ""  # empty: the first served cross-encoder, or else the first embedding model
     truncate: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = None
@@ -85,7 +87,7 @@ class RerankBody(Truncation):
 
 
 class ScoreBody(Truncation):
-    """POST /v1/score, with text_1 and text_2, or with queries and documents."""
+    """Body of POST /v1/score, with text_1 and text_2, or with queries and documents."""
 
     text_1: Texts | None = None
     text_2: Texts | None = None
@@ -137,12 +139,13 @@ async def score(request: Request) -> dict[str, Any]:
     }
 
 
-# The path of a text in the request and the text, of the question and of the document.
+# The question's path in the request (such as "queries[0]"), the question, and the same two strings
+# of the document.
 Pair = tuple[str, str, str, str]
 
 
 def _pairs(body: ScoreBody) -> list[Pair]:
-    """Return the pairs of a request: one first text for all second ones, or one for each."""
+    """Return the pairs of a request: one question for all documents, or one for each document."""
     names = ("queries", "documents") if body.queries is not None else ("text_1", "text_2")
     others = ("text_1", "text_2") if names[0] == "queries" else ("queries", "documents")
     for name in names:
@@ -158,7 +161,7 @@ def _pairs(body: ScoreBody) -> list[Pair]:
         if getattr(body, name) is not None:
             raise APIError(
                 400,
-                f"Invalid '{name}': it excludes '{names[0]}' and '{names[1]}'.",
+                f"Invalid '{name}': it cannot be combined with '{names[0]}' and '{names[1]}'.",
                 param=name,
                 code="invalid_value",
             )
@@ -197,11 +200,11 @@ async def _score(
         context.prompt_tokens = sum(len(ids) for ids, _ in encoded)
         scores = await cancel_on_disconnect(request.receive, model.score(encoded))
         return model, scores, context.prompt_tokens
-    texts, places = await asyncio.to_thread(_encode_texts, body, model, pairs)
+    texts, text_indices = await asyncio.to_thread(_encode_texts, body, model, pairs)
     context.prompt_tokens = sum(map(len, texts))
     vectors = await cancel_on_disconnect(request.receive, model.embed(texts))
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    first, second = (vectors[list(side)] for side in zip(*places, strict=True))
+    first, second = (vectors[list(side)] for side in zip(*text_indices, strict=True))
     return model, (first * second).sum(1), context.prompt_tokens
 
 
@@ -226,7 +229,7 @@ def _method(model: RerankModel | EmbeddingModel) -> str:
 def _encode_pairs(
     body: Truncation, model: RerankModel, pairs: Sequence[Pair]
 ) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids of each pair with special tokens, and the type of each token."""
+    """Return the token ids of each pair, special tokens included, and their token type ids."""
     tokenizer = model.tokenizer
     num_special = len(tokenizer.process_pair([], [])[0])
     limit = _limit(body, model.context, num_special + 2)
@@ -253,7 +256,7 @@ def _encode_pairs(
 def _encode_texts(
     body: Truncation, model: EmbeddingModel, pairs: Sequence[Pair]
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Return the token ids of each different text, and the indices of the two of each pair."""
+    """Return the token ids of the distinct texts, and the indices of each pair's two texts."""
     limit = _limit(body, model.context, model.num_special + 1)
     prompts = [
         next((name for name in names if name in model.prompts), None)
@@ -280,14 +283,14 @@ def _encode_texts(
             texts.append(ids)
         return indices[prompt, text]
 
-    places = [
+    text_indices = [
         (
             index_of(prompts[0], first_path, first, None),
             index_of(prompts[1], second_path, second, body.max_tokens_per_doc),
         )
         for first_path, first, second_path, second in pairs
     ]
-    return texts, places
+    return texts, text_indices
 
 
 def _limit(body: Truncation, context: int, least: int) -> int | None:
@@ -297,7 +300,7 @@ def _limit(body: Truncation, context: int, least: int) -> int | None:
 def _too_long(path: str, length: int, context: int) -> APIError:
     return APIError(
         400,
-        f"This model's maximum context length is {context} tokens, but with '{path}' there are "
+        f"This model's maximum context length is {context} tokens, but with '{path}' the input has "
         f'{length}, special tokens included. Shorten it, or send "truncate": true to cut it.',
         param=path,
         code="context_length_exceeded",
