@@ -1,9 +1,10 @@
-"""A stand-in for the Hugging Face Hub on loopback, for its real client.
+"""A fake Hugging Face Hub on loopback, for tests with the real client (huggingface_hub).
 
-It has the part of the hub's HTTP interface that downloads use: the description of a repository at a
-revision, and the files of a commit. Large files are kept "in LFS": they redirect to a second server
-on another port, as the hub redirects to its storage. Repositories may be gated, private or renamed,
-and faults can be injected: interrupted transfers, rate limits, damaged files.
+The server has the part of the hub's HTTP interface that downloads use: the description of a
+repository at a revision, and the files of a commit. Large files are kept "in LFS": the server
+redirects to a second server on another port, as the hub redirects to its storage. Repositories can
+be gated, private or renamed, and tests can inject errors: interrupted transfers, rate limits,
+damaged files.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ class Hub:
     """The state of the hub, which tests read and change.
 
     Attributes:
-        repositories: by name.
-        renamed: new names by old names.
+        repositories: the repositories by name.
+        renamed: the new name of each renamed repository, by its old name.
         requests: "METHOD path" of each request so far.
         sent: the names of the files that were sent, in whole or in part.
         tokens: the authorization headers that the storage server received.
-        rate_limited: the number of next requests to answer with 429.
-        retry_after: the seconds that such an answer asks to wait.
-        cut_after: the bytes after which the next transfers of large files break off.
-        cuts: the number of transfers that break off.
-        damaged: whether large files arrive with a changed byte.
+        rate_limited: the number of requests that will still be answered with 429.
+        retry_after: the seconds to wait that these responses ask for.
+        cut_after: the bytes after which an interrupted transfer of a large file ends.
+        cuts: the number of transfers that will still be interrupted.
+        damaged: whether large files are sent with a changed byte.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -142,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if api:
             return self.describe(name, commit, files, repository)
-        if repository.gated:  # the hub describes it, but hands no file out
+        if repository.gated:  # the hub describes the repository, but refuses to send files
             status = 403 if authorization else 401
             return self.fail(status, "GatedRepo", f"Access to model {name} is restricted")
         data = files.get(unquote(match[3]))
@@ -219,7 +220,7 @@ class _StorageHandler(_Handler):
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """Report nothing: a client that stops a transfer resets its connection."""
+        """Do nothing: a client that stops a transfer resets its connection."""
 
 
 @contextmanager
@@ -227,8 +228,8 @@ def serve_hub() -> Iterator[Hub]:
     """Run a hub without repositories on two free ports of loopback."""
     hub = Hub()
     servers = [
-        _Server(("127.0.0.1", 0), type("Handler", (kind,), {"hub": hub}))
-        for kind in (_Handler, _StorageHandler)
+        _Server(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
+        for handler in (_Handler, _StorageHandler)
     ]
     hub.url, hub.storage_url = (f"http://127.0.0.1:{s.server_address[1]}" for s in servers)
     threads = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in servers]

@@ -100,7 +100,7 @@ def test_float_response_matches_schema(embedding_address):
     strict = OpenAI(
         base_url=f"{embedding_address}/v1", api_key="any", _strict_response_validation=True
     )
-    with strict:  # in base64 not even OpenAI's own answers would pass
+    with strict:  # the schema does not allow base64, not even in OpenAI's own responses
         strict.embeddings.create(model=MODEL, input=["a", "b"], encoding_format="float")
 
 
@@ -308,8 +308,8 @@ def test_invalid_requests_name_the_field(embedding_address, body, param, code, f
     assert names(error["message"], *facts)
 
 
-def test_model_of_another_task_is_404(client):
-    both = naming("`scripted`", f"`{MODEL}`")  # the one that was asked, and the one to ask
+def test_model_of_another_task_returns_404(client):
+    both = naming("`scripted`", f"`{MODEL}`")  # the requested model, and a model for this route
     with pytest.raises(openai.NotFoundError, match=both):
         client.embeddings.create(model="gpt-4", input="x")
     with pytest.raises(openai.NotFoundError, match=both):
@@ -340,7 +340,7 @@ def run(*arguments, **options):
     )
 
 
-def test_command_prints_lines_or_json(embedding_address, tmp_path):
+def test_embed_command_prints_vectors_as_lines_or_json(embedding_address, tmp_path):
     expected = post(embedding_address, input=["hello", "two words"]).json()
     process = run(
         "hello", "two words", "--dtype", "float32", "--json", "-o", str(tmp_path / "v.npy")
@@ -359,7 +359,7 @@ def test_command_prints_lines_or_json(embedding_address, tmp_path):
     np.testing.assert_allclose(got, matrix, atol=1e-6)
 
 
-def test_command_embeds_long_texts(embedding_address):
+def test_embed_command_embeds_long_texts(embedding_address):
     long = "word " * 300
     expected = post(embedding_address, input=long, long_text_mode="mean").json()
     result = json.loads(
@@ -372,7 +372,7 @@ def test_command_embeds_long_texts(embedding_address):
     assert json.loads(whole)["usage"]["total_tokens"] == 302
 
 
-def test_command_with_invalid_arguments_exits_with_code(tmp_path):
+def test_embed_command_with_invalid_arguments_exits_with_error_code(tmp_path):
     process = run("word " * 300)
     assert process.returncode == 5 and names(process.stderr, "text 1", 302, "all-minilm-l6-v2", 256)
     process = run("word " * 300, "--truncate", "--long-text-mode", "mean")

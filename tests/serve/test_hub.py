@@ -1,4 +1,4 @@
-"""Models of the hub: the real client against a stand-in of the hub on loopback."""
+"""Pull models of the Hugging Face Hub: the real client against a fake hub on loopback."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ GGUF_FILES = {f"tiny-{name}.gguf": b"GGUF" + name.encode() for name in ("Q4_K_M"
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Run a stand-in of the hub, and point the client of this process to it."""
+    """Run a fake hub, and point the hub client of this process to it."""
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
@@ -99,7 +99,7 @@ def test_parse_returns_parts(name: str, expected: HubName) -> None:
     ["hf:", "hf:b", "hf:a/b/c", "hf:a/b@", "hf:a/b:", "hf:../b", "hf:a/..", "hf:a/b:../../x", "a/b",
      "hf:a b/c", "hf:https://x/y", "hf:ä/b"],
 )  # fmt: skip
-def test_parse_other_forms_raises_wrong_usage(name: str) -> None:
+def test_parse_invalid_name_raises_wrong_usage(name: str) -> None:
     with pytest.raises(WrongUsage):
         hub.parse(name)
 
@@ -128,7 +128,7 @@ ALL = [option(label) for label in ("safetensors", "F32", "F16", "Q8_0", "Q6_K", 
         ("F32 F16", 2, "F16", "int8"),
     ],
 )
-def test_choose_takes_the_most_precise_that_fits(labels, free, chosen, dtype) -> None:
+def test_choose_returns_most_precise_weights_that_fit(labels, free, chosen, dtype) -> None:
     options = [o for o in ALL if labels == "all" or o.label in labels.split()]
     choice, fitting = hub_files.choose("a/b", options, None, free * GB)
     assert (choice.label, fitting) == (chosen, dtype)
@@ -139,23 +139,23 @@ def test_choose_too_large_raises_does_not_fit() -> None:
         hub_files.choose("a/b", [option("Q4_K_M", 8)], None, 2 * GB)
 
 
-def test_choose_prefers_what_the_cache_has() -> None:
+def test_choose_prefers_cached_file() -> None:
     choice, _ = hub_files.choose("a/b", ALL, None, 10 * GB, cached=["x-Q4_K_M.gguf"])
     assert choice.label == "Q4_K_M"
 
 
-def test_choose_named_file_or_quantization() -> None:
+def test_choose_by_file_name_or_quantization_returns_that_file() -> None:
     options = hub_files.candidates(
         RemoteFile(name, 10, "") for name in [*GGUF_FILES, "sub/y-Q5_K_S.gguf"]
     )
-    for wanted in ("Q5_K_S", "q5_k_s", "sub/y-Q5_K_S.gguf", "y-Q5_K_S.gguf"):
-        choice, _ = hub_files.choose("a/b", options, wanted, 8 * GB)
+    for file in ("Q5_K_S", "q5_k_s", "sub/y-Q5_K_S.gguf", "y-Q5_K_S.gguf"):
+        choice, _ = hub_files.choose("a/b", options, file, 8 * GB)
         assert choice.weights == ("sub/y-Q5_K_S.gguf",)
     with pytest.raises(NotFound):
         hub_files.choose("a/b", options, "Q3_K", 8 * GB)
 
 
-def test_candidates_of_publishers_layouts() -> None:
+def test_candidates_groups_shards_and_skips_other_files() -> None:
     files = [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -170,10 +170,10 @@ def test_candidates_of_publishers_layouts() -> None:
         "Q8_0-tiny.gguf",
         "plain.gguf",
     ]
-    found = {
+    counts = {
         c.label: len(c.weights) for c in hub_files.candidates(RemoteFile(f, 1, "") for f in files)
     }
-    assert found == {"safetensors": 2, "Q8_0": 1, "IQ4_XS": 1, "BF16": 2, "gguf": 1}
+    assert counts == {"safetensors": 2, "Q8_0": 1, "IQ4_XS": 1, "BF16": 2, "gguf": 1}
     selected = hub_files.select_files("a/b", files, files[:2])
     assert set(selected) == set(files[:3])
 
@@ -181,7 +181,7 @@ def test_candidates_of_publishers_layouts() -> None:
 # --- pulling ----------------------------------------------------------------------------------
 
 
-def test_pull_safetensors_fetches_what_is_needed_and_records_the_commit(server, home) -> None:
+def test_pull_safetensors_fetches_needed_files_and_records_commit(server, home) -> None:
     commit = server.commit(REPO, FILES)
     progress: list[tuple[int, int]] = []
     record = pull(f"hf:{REPO}", home, progress=lambda *p: progress.append(p))
@@ -209,11 +209,11 @@ def test_pull_gguf_fetches_one_quantization(server, home) -> None:
     )
     assert pull(f"hf:{REPO}:q4_k_m", home).path.name == "tiny-Q4_K_M.gguf"
     assert hub.find(f"hf:{REPO}", home) == record
-    assert hub.find(REPO, home).path.name == "tiny-Q4_K_M.gguf", "an id means the newest"
+    assert hub.find(REPO, home).path.name == "tiny-Q4_K_M.gguf", "an id finds the newest record"
 
 
-def test_pull_again_fetches_nothing_until_the_branch_moves(server, home) -> None:
-    """A file that changes under its name gets a new commit, and the old files are deleted."""
+def test_pull_again_fetches_nothing_until_branch_moves(server, home) -> None:
+    """After a new commit, changed files are fetched, and the files of the old commit deleted."""
     server.commit(REPO, FILES)
     first = pull(f"hf:{REPO}", home)
     count = len(server.sent)
@@ -225,12 +225,12 @@ def test_pull_again_fetches_nothing_until_the_branch_moves(server, home) -> None
     second = pull(f"hf:{REPO}", home, lines=lines)
     assert second.commit == changed and any(changed[:8] in line for line in lines)
     assert (second.path / "model.safetensors").read_bytes() == WEIGHTS + b"!"
-    assert server.sent[count:].count("config.json") == 0, "it is unchanged"
+    assert server.sent[count:].count("config.json") == 0, "an unchanged file is not fetched"
     assert not first.is_complete and second.is_complete
     assert pull(f"hf:{REPO}@{first.commit}", home).path == first.path, "old commits remain"
 
 
-def test_pull_interrupted_transfer_goes_on_where_it_broke_off(server, home) -> None:
+def test_pull_interrupted_transfer_resumes_after_last_byte(server, home) -> None:
     server.commit(REPO, FILES)
     server.cuts, server.cut_after = 1, 100_000
     record = pull(f"hf:{REPO}", home)
@@ -239,7 +239,7 @@ def test_pull_interrupted_transfer_goes_on_where_it_broke_off(server, home) -> N
     assert ranges == ["GET /storage/all", "GET /storage/bytes=100000-"]
 
 
-def test_pull_after_a_stopped_pull_resumes(server, home) -> None:
+def test_pull_after_stopped_pull_resumes(server, home) -> None:
     server.commit(REPO, FILES)
 
     def stop(done: int, total: int) -> None:
@@ -248,7 +248,7 @@ def test_pull_after_a_stopped_pull_resumes(server, home) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         pull(f"hf:{REPO}", home, progress=stop)
-    assert hub.find(f"hf:{REPO}", home) is None, "nothing half-fetched is visible"
+    assert hub.find(f"hf:{REPO}", home) is None, "an incomplete model has no record"
     lines: list[str] = []
     record = pull(f"hf:{REPO}", home, lines=lines)
     assert (record.path / "model.safetensors").read_bytes() == WEIGHTS
@@ -267,7 +267,7 @@ def test_pull_damaged_file_raises_corrupt_and_leaves_nothing(server, home) -> No
     assert (pull(f"hf:{REPO}", home).path / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_pull_takes_what_the_cache_has(server, home) -> None:
+def test_pull_uses_cached_file_and_remove_keeps_it(server, home) -> None:
     from huggingface_hub import hf_hub_download
 
     server.commit(REPO, GGUF_FILES)
@@ -276,14 +276,14 @@ def test_pull_takes_what_the_cache_has(server, home) -> None:
     record = pull(f"hf:{REPO}", home)
     assert str(record.path) == cached and len(server.sent) == count
     assert hub.remove(record, home) == 0
-    assert Path(cached).is_file(), "another program fetched it"
+    assert Path(cached).is_file(), "a file that another program fetched is kept"
 
 
-def test_remove_deletes_what_was_fetched(server, home) -> None:
+def test_remove_deletes_fetched_files_that_no_other_name_needs(server, home) -> None:
     server.commit(REPO, FILES)
     record = pull(f"hf:{REPO}", home)
     other = pull(f"hf:{REPO}@main", home)
-    assert hub.remove(record, home) == 0 and other.is_complete, "another name needs the files"
+    assert hub.remove(record, home) == 0 and other.is_complete, "files of another name are kept"
     assert hub.remove(other, home) >= len(WEIGHTS)
     assert hub.records(home) == []
     assert names_in(hub.cache_folder() / "models--someone--tiny" / "blobs") == set()
@@ -303,7 +303,7 @@ def test_verify_changed_file_raises_corrupt(server, home) -> None:
         hub.verify("hf:someone/other", home)
 
 
-def test_pull_renamed_repository_has_its_new_name(server, home) -> None:
+def test_pull_renamed_repository_records_new_name(server, home) -> None:
     server.commit("new/name", FILES)
     server.renamed["old/name"] = "new/name"
     lines: list[str] = []
@@ -312,7 +312,7 @@ def test_pull_renamed_repository_has_its_new_name(server, home) -> None:
     assert hub.find("hf:old/name", home) == record == hub.find("new/name", home)
 
 
-def test_pull_sends_the_token_to_the_hub_only(server, home, monkeypatch) -> None:
+def test_pull_sends_token_to_hub_but_not_to_storage(server, home, monkeypatch) -> None:
     server.commit(REPO, FILES)
     server.repositories[REPO].private = True
     with pytest.raises(NotFound):
@@ -330,7 +330,7 @@ def test_pull_refused_token_raises_forbidden(server, home, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("token", [None, hub_server.TOKEN])
-def test_pull_gated_raises_forbidden(server, home, monkeypatch, token) -> None:
+def test_pull_gated_repository_raises_forbidden(server, home, monkeypatch, token) -> None:
     server.commit(REPO, FILES)
     server.repositories[REPO].gated = True
     if token:
@@ -341,7 +341,9 @@ def test_pull_gated_raises_forbidden(server, home, monkeypatch, token) -> None:
 
 @pytest.mark.parametrize("token", [None, hub_server.TOKEN])
 @pytest.mark.parametrize("name", ["hf:nobody/nothing", f"hf:{REPO}@nowhere", f"hf:{REPO}:Q2_K"])
-def test_pull_missing_raises_not_found(server, home, monkeypatch, name, token) -> None:
+def test_pull_missing_repository_revision_or_file_raises_not_found(
+    server, home, monkeypatch, name, token
+) -> None:
     server.commit(REPO, FILES)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -349,7 +351,7 @@ def test_pull_missing_raises_not_found(server, home, monkeypatch, name, token) -
         pull(name, home)
 
 
-def test_pull_pickles_only_raises_wrong_usage(server, home) -> None:
+def test_pull_repository_without_safe_weights_raises_wrong_usage(server, home) -> None:
     server.commit(REPO, {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04"})
     with pytest.raises(WrongUsage, match="save_file"):
         pull(f"hf:{REPO}", home)
@@ -359,7 +361,9 @@ def test_pull_pickles_only_raises_wrong_usage(server, home) -> None:
         pull(f"hf:{REPO}", home)
 
 
-def test_pull_too_large_raises_does_not_fit_before_fetching(server, home, monkeypatch) -> None:
+def test_pull_model_too_large_raises_does_not_fit_before_fetching(
+    server, home, monkeypatch
+) -> None:
     server.commit(REPO, FILES)
     with pytest.raises(DoesNotFit):
         pull(f"hf:{REPO}", home, free_memory=1000)
@@ -369,7 +373,7 @@ def test_pull_too_large_raises_does_not_fit_before_fetching(server, home, monkey
     assert server.sent == []
 
 
-def test_pull_waits_when_the_hub_asks_for_it(server, home) -> None:
+def test_pull_rate_limited_waits_and_retries(server, home) -> None:
     server.commit(REPO, FILES)
     server.rate_limited = 2
     lines: list[str] = []
@@ -377,14 +381,14 @@ def test_pull_waits_when_the_hub_asks_for_it(server, home) -> None:
     assert len(lines) > 2
 
 
-def test_pull_long_rate_limit_raises(server, home) -> None:
+def test_pull_long_rate_limit_raises_rate_limited(server, home) -> None:
     server.commit(REPO, FILES)
     server.rate_limited, server.retry_after = 10**6, 3600
     with pytest.raises(RateLimited):
         pull(f"hf:{REPO}", home)
 
 
-def test_pull_offline_takes_the_cache_or_raises(server, home, monkeypatch) -> None:
+def test_pull_offline_uses_cache_or_raises_unreachable(server, home, monkeypatch) -> None:
     from huggingface_hub import constants
 
     server.commit(REPO, FILES)
@@ -400,7 +404,7 @@ def test_pull_offline_takes_the_cache_or_raises(server, home, monkeypatch) -> No
     assert len(server.requests) == count
 
 
-def test_pull_unreachable_hub_raises(server, home, monkeypatch, refused_url) -> None:
+def test_pull_unreachable_hub_raises_unreachable(server, home, monkeypatch, refused_url) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", refused_url)
@@ -408,7 +412,7 @@ def test_pull_unreachable_hub_raises(server, home, monkeypatch, refused_url) -> 
         pull(f"hf:{REPO}", home)
 
 
-def test_pull_from_a_server_that_is_no_hub_raises(server, home, monkeypatch) -> None:
+def test_pull_from_server_that_is_no_hub_raises_failure(server, home, monkeypatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", server.storage_url)
@@ -434,7 +438,7 @@ def run(server: Hub, tmp_path: Path, *arguments: str, **variables: str):
     )
 
 
-def test_pull_command_honours_the_variables_of_the_hub(tmp_path: Path) -> None:
+def test_pull_command_uses_hf_environment_variables(tmp_path: Path) -> None:
     with hub_server.serve_hub() as server:
         server.commit(REPO, FILES)
         server.repositories[REPO].private = True

@@ -37,24 +37,24 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_plots_and_numbers_equal_those_of_the_library(folder, tmp_path):
+def test_inspect_plots_and_numbers_equal_library(folder, tmp_path):
     done = run(TEXT, "-m", f"tiny={folder}", "--layer", "1", "--heads", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    output = json.loads(done.stdout)
     names = ["attention-1", "lens", "alternatives", "heads"]
-    assert found["model"] == "tiny"
-    assert found["pictures"] == [f"inspect/{name}.png" for name in names]
+    assert output["model"] == "tiny"
+    assert output["pictures"] == [f"inspect/{name}.png" for name in names]
 
     params, cfg, _ = checkpoint.load(folder)
     others = interpret.alternatives(params, cfg, IDS)
-    assert [row["id"] for row in found["tokens"]] == IDS[1:]
-    assert [row["text"] for row in found["tokens"]] == list(TEXT[1:])
-    assert [row["rank"] for row in found["tokens"]] == others.rank.tolist()
+    assert [row["id"] for row in output["tokens"]] == IDS[1:]
+    assert [row["text"] for row in output["tokens"]] == list(TEXT[1:])
+    assert [row["rank"] for row in output["tokens"]] == others.rank.tolist()
     for name, expected in (
         ("probability", np.exp(others.token_logprobs)),
         ("entropy", others.entropy),
     ):
-        np.testing.assert_allclose([row[name] for row in found["tokens"]], expected, rtol=1e-4)
+        np.testing.assert_allclose([row[name] for row in output["tokens"]], expected, rtol=1e-4)
 
     maps, effects = interpret.attention(params, cfg, IDS), interpret.head_effects(params, cfg, IDS)
     plots.attention(np.asarray(maps), list(TEXT), 1, tmp_path / "expected" / "attention-1.png")
@@ -66,7 +66,7 @@ def test_plots_and_numbers_equal_those_of_the_library(folder, tmp_path):
             np.testing.assert_allclose(image, imread(expected), atol=0.02)
 
 
-def test_wrong_usage_exits_with_2_and_leaves_no_folder(folder, tmp_path):
+def test_inspect_wrong_usage_exits_with_2_and_creates_no_folder(folder, tmp_path):
     for arguments, facts in (
         (["a"], ["1 tokens", 2, 48]),
         (["a" * 49], ["49 tokens", 2, 48]),

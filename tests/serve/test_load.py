@@ -258,7 +258,7 @@ def test_expected_dtype_without_measurement_is_widest_that_fits(home, monkeypatc
     assert dtypes.fitting_dtypes("m", cfg, 0, memory_limit=need["bfloat16"]) == ("int8", "bfloat16")
 
 
-# -- gaps ------------------------------------------------------------------------------------------
+# -- gaps in the vocabulary ------------------------------------------------------------------------
 
 GAPS = range(100, 160)
 
@@ -357,7 +357,7 @@ def test_runner_program_from_disk_is_reported_as_loaded(monkeypatch):
     for _ in range(2):
         runner = Runner(init(jax.random.key(0), cfg), cfg, 64, 2, jnp.float32, lines.append)
         runner.compile(16)
-        jax.clear_caches()  # in memory
+        jax.clear_caches()  # drops the compiled programs in memory, but not those on disk
     assert names(lines[1], 16, "disk")
 
 

@@ -77,23 +77,23 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
             yield Setup(hub, home, variables, server, http)
 
 
-def test_cards_tell_context_dtype_and_capabilities(setup: Setup) -> None:
-    card = setup.http.get("/v1/models/tiny").json()
-    assert card["context_length"] == card["max_model_len"] == tiny_gguf.CONTEXT
-    assert card["dtype"] == "float32" and card["kind"] == "decoder"
-    assert card["capabilities"] == ["chat", "completions"]
+def test_model_entry_contains_context_dtype_and_capabilities(setup: Setup) -> None:
+    entry = setup.http.get("/v1/models/tiny").json()
+    assert entry["context_length"] == entry["max_model_len"] == tiny_gguf.CONTEXT
+    assert entry["dtype"] == "float32" and entry["kind"] == "decoder"
+    assert entry["capabilities"] == ["chat", "completions"]
 
 
-def test_pull_over_http_reports_progress_and_serves_the_model(setup: Setup) -> None:
+def test_pull_over_http_reports_progress_and_serves_model(setup: Setup) -> None:
     status, events = setup.pull("hf:people/tiny-llama")
     assert status == 200 and events[-1]["status"] == "success"
     assert events[-1]["model"]["id"] == "people/tiny-llama"
-    arrived = [event for event in events if event.get("completed")]
-    assert arrived[-1]["completed"] == arrived[-1]["total"] > 0
+    progress = [event for event in events if event.get("completed")]
+    assert progress[-1]["completed"] == progress[-1]["total"] > 0
     for id in ("people/tiny-llama", "people%2Ftiny-llama"):
-        card = setup.http.get(f"/v1/models/{id}").json()
-        assert card["id"] == "people/tiny-llama" and card["owned_by"] == "people"
-        assert card["dtype"] is None and card["max_model_len"] == 512
+        entry = setup.http.get(f"/v1/models/{id}").json()
+        assert entry["id"] == "people/tiny-llama" and entry["owned_by"] == "people"
+        assert entry["dtype"] is None and entry["max_model_len"] == 512
     with OpenAI(base_url=f"{setup.server.url}/v1", api_key="any", max_retries=0) as client:
         answer = client.chat.completions.create(model="people/tiny-llama", **HI)
         assert answer.model == "people/tiny-llama" and answer.usage
@@ -103,7 +103,7 @@ def test_pull_over_http_reports_progress_and_serves_the_model(setup: Setup) -> N
 
 
 @pytest.mark.slow
-def test_model_pulled_by_a_command_appears_and_disappears_without_restart(setup: Setup) -> None:
+def test_model_pulled_by_command_is_served_until_removed(setup: Setup) -> None:
     id = "people/tiny-qwen2-GGUF"
     assert id not in setup.ids()
     done = setup.run("pull", f"hf:{id}:F16", "--json")
@@ -121,11 +121,11 @@ def test_model_pulled_by_a_command_appears_and_disappears_without_restart(setup:
     error = setup.http.post("/v1/chat/completions", json={"model": id, **HI})
     assert (error.status_code, error.json()["error"]["code"]) == (404, "model_not_found")
     assert setup.run("rm", id).returncode == 3
-    shown = json.loads(setup.run("ps", "--host", setup.server.url, "--json").stdout)["models"]
-    assert setup.states()["tiny"] in shown
+    states = json.loads(setup.run("ps", "--host", setup.server.url, "--json").stdout)["models"]
+    assert setup.states()["tiny"] in states
 
 
-def test_load_and_unload(setup: Setup) -> None:
+def test_load_and_unload_change_state_and_memory(setup: Setup) -> None:
     loaded = setup.http.post(f"{ROUTE}/load", json={"model": "gpt-3.5-turbo"}).json()
     assert (loaded["id"], loaded["state"], loaded["busy"]) == ("tiny", "loaded", False)
     assert loaded["memory"] > 0 and loaded["loaded_at"] > 1e9
@@ -134,7 +134,7 @@ def test_load_and_unload(setup: Setup) -> None:
     assert setup.states()["tiny"]["requests"] == requests + 1
     unloaded = setup.http.post(f"{ROUTE}/unload", json={"model": "tiny"}).json()
     assert (unloaded["state"], unloaded["loaded_at"]) == ("unloaded", None)
-    assert unloaded["memory"] > 0, "an estimate"
+    assert unloaded["memory"] > 0, "an unloaded model has an estimate"
     assert setup.http.post("/v1/chat/completions", json={"model": "tiny", **HI}).is_success
     assert setup.states()["tiny"]["state"] == "loaded"
 
@@ -155,44 +155,46 @@ def test_load_and_unload(setup: Setup) -> None:
         ("", 400, "empty_string"),
     ],
 )
-def test_pull_refuses_what_it_must(setup: Setup, name: str, status: int, code: str) -> None:
+def test_pull_invalid_unknown_or_gated_name_is_refused(
+    setup: Setup, name: str, status: int, code: str
+) -> None:
     response = setup.pull(name)
     assert (response[0], response[1][0]["code"]) == (status, code)
 
 
 @pytest.mark.slow
-def test_damaged_weights_exit_with_3(setup: Setup) -> None:
+def test_complete_with_damaged_weights_exits_with_3(setup: Setup) -> None:
     done = setup.run("complete", "hi", "-m", "hf:people/truncated")
     assert done.returncode == 3 and "model.safetensors" in done.stderr
     assert setup.run("rm", "hf:people/truncated").returncode == 0
 
 
 @pytest.mark.parametrize("route", ["load", "unload"])
-def test_unknown_model_is_404(setup: Setup, route: str) -> None:
+def test_load_or_unload_unknown_model_returns_404(setup: Setup, route: str) -> None:
     response = setup.http.post(f"{ROUTE}/{route}", json={"model": "nope"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_pull_of_damaged_weights_serves_nothing_and_the_server_goes_on(setup: Setup) -> None:
+def test_pull_damaged_weights_reports_error_and_server_keeps_serving(setup: Setup) -> None:
     status, events = setup.pull("hf:people/truncated")
     assert status == 200 and events[-1]["error"]["code"] == "model_not_usable"
     assert "people/truncated" not in setup.ids()
     assert setup.http.post("/v1/chat/completions", json={"model": "tiny", **HI}).is_success
 
 
-def test_pull_when_another_runs_is_409(setup: Setup) -> None:
+def test_pull_during_another_pull_returns_pull_in_progress(setup: Setup) -> None:
     setup.hub.rate_limited, setup.hub.retry_after = 1, 2
     request = setup.http.build_request(
         "POST", f"{ROUTE}/pull", json={"model": "hf:people/tiny-qwen2-GGUF"}
     )
     response = setup.http.send(request, stream=True)
-    assert response.is_success, "the hub asks to wait, and this one waits"
+    assert response.is_success, "the first pull runs: it waits, as the hub asks"
     assert setup.pull("hf:people/tiny-llama")[1][0]["code"] == "pull_in_progress"
     response.close()
     processes.wait_for(lambda: setup.pull("hf:people/tiny-llama")[0] == 200)
 
 
-def test_pull_without_permission_is_403(tmp_path: Path) -> None:
+def test_pull_without_allow_pull_returns_403(tmp_path: Path) -> None:
     with tiny.serving(tmp_path / "home", tiny.model(tmp_path / "model")) as address:
         response = httpx.post(f"{address}{ROUTE}/pull", json={"model": "tiny"})
     assert (response.status_code, response.json()["error"]["code"]) == (403, "pull_not_allowed")

@@ -1,6 +1,6 @@
-"""As a new user would: pull a model of the hub by name, serve it, chat with the official client.
+"""Pull a model of the hub by name, serve it, and chat with OpenAI's client, as a new user does.
 
-The models are tiny and random, but laid out as publishers lay them out.
+The models are tiny and random, but their repositories have the files of real publishers.
 """
 
 import json
@@ -20,7 +20,7 @@ CARD = b"---\nlicense: mit\npipeline_tag: text-generation\n---\n# Tiny\n"
 
 
 def llama_safetensors(folder: Path) -> None:
-    """Write two shards with an index, and what is not to be fetched: a pickle, and another copy."""
+    """Write two shards with an index, and files that a pull skips: a pickle and an ONNX copy."""
     tiny.model(folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -37,7 +37,7 @@ def llama_safetensors(folder: Path) -> None:
 
 
 def qwen2_gguf(folder: Path) -> None:
-    """Write two GGUF files, of which the more precise one is chosen."""
+    """Write two GGUF files; a pull chooses the more precise one."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_gguf.write_gguf(folder / "tiny-qwen2-f16.gguf", "qwen2")
     tiny_gguf.write_gguf(folder / "tiny-qwen2-q8_0.gguf", "qwen2")
@@ -57,7 +57,7 @@ def sentencepiece_gguf(folder: Path) -> None:
         (sentencepiece_gguf, "people/Tiny-Llama-2-GGUF", 1),
     ],
 )
-def test_pull_serve_and_chat(
+def test_model_pulled_from_hub_is_served_and_chats(
     tmp_path: Path, publish: Callable[[Path], None], repository: str, files: int
 ) -> None:
     publish(tmp_path / "published")
@@ -70,7 +70,7 @@ def test_pull_serve_and_chat(
         assert len(hub.sent) == files and Path(path).exists()
         report = json.loads(processes.run("models", "check", path, "--json", **variables))
         assert report["template"] == "yes"
-    # The hub is gone: what was pulled is served without it.
+    # The hub has stopped: the pulled model is served without it.
     arguments = ("-m", f"hf:{repository}", "--dtype", "float32", "--cache-mb", "4")
     with (
         processes.serving(*arguments, **variables) as server,
@@ -92,5 +92,5 @@ def test_pull_serve_and_chat(
             )
         )
         assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-    said = processes.run("chat", "hi", "-m", repository, "--max-tokens", "2", "--json", **variables)
-    assert json.loads(said)["model"] == repository
+    chat = processes.run("chat", "hi", "-m", repository, "--max-tokens", "2", "--json", **variables)
+    assert json.loads(chat)["model"] == repository

@@ -1,7 +1,7 @@
-"""Encoders live against sentence-transformers, from text to vector or score, with real tokenizers.
+"""Compare encoders with sentence-transformers, from text to vector or score.
 
-The models are random, and laid out as published ones are: modules, prompts, lower case, a
-byte-level BPE or a WordPiece, and the special tokens of each family.
+The models have random weights, and the files of published models: modules, prompts, lower case, a
+trained byte-level BPE or WordPiece tokenizer, and the special tokens of each family.
 """
 
 import asyncio
@@ -45,12 +45,12 @@ def config(kind: str, **changes: Any) -> Any:
         "gemma3": (transformers.Gemma3TextConfig, gqa | gemma),
         "llama": (transformers.LlamaConfig, {}),
     }
-    make, own = kinds[kind]
-    return make(**SIZES | ids | own | changes)
+    make_config, changes_of_kind = kinds[kind]
+    return make_config(**SIZES | ids | changes_of_kind | changes)
 
 
 def write_tokenizer(folder: Path, kind: str, has_types: bool = True) -> None:
-    """Train a tokenizer of 400 tokens on the texts, with the special tokens of a kind of model."""
+    """Train a tokenizer of 400 tokens on `TEXTS`, with the special tokens of a model family."""
     import tokenizers
     import transformers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -59,45 +59,45 @@ def write_tokenizer(folder: Path, kind: str, has_types: bool = True) -> None:
         trainer = trainers.WordPieceTrainer(
             vocab_size=400, special_tokens=["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
         )
-        made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        made.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        made.train_from_iterator(TEXTS, trainer)
-        made.post_processor = processors.TemplateProcessing(
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.train_from_iterator(TEXTS, trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", 0), ("[SEP]", 2)],
         )
-        made.decoder = decoders.WordPiece()
+        tokenizer.decoder = decoders.WordPiece()
         names = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
         if has_types:
             names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     else:
-        made = tokenizers.Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet
         )
-        made.train_from_iterator(TEXTS, trainer)
-        around = {
+        tokenizer.train_from_iterator(TEXTS, trainer)
+        templates = {
             "qwen3": ("$A </s>", "$A $B </s>"),
             "llama": ("<s> $A", "<s> $A <s> $B"),
             "gemma3": ("<s> $A </s>", "<s> $A </s> <s> $B </s>"),
             "modernbert": ("<s> $A </s>", "<s> $A </s> $B </s>"),
         }
-        if kind in around:
-            single, pair = around[kind]
-            made.post_processor = processors.TemplateProcessing(
+        if kind in templates:
+            single, pair = templates[kind]
+            tokenizer.post_processor = processors.TemplateProcessing(
                 single=single, pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)]
             )
         else:
-            made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+            tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
         names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", cls_token="<s>",
                      sep_token="</s>", unk_token="<unk>", mask_token="<mask>")  # fmt: skip
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, model_max_length=128, padding_side="right", **names
+        tokenizer_object=tokenizer, model_max_length=128, padding_side="right", **names
     )
     fast.save_pretrained(folder)
 
@@ -120,13 +120,13 @@ def sentence_transformer(folder: Path, kind: str, poolings: Any, dense=(), norma
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     torch.manual_seed(0)
-    made = config(kind)
-    model = transformers.AutoModel.from_config(made)
+    cfg = config(kind)
+    model = transformers.AutoModel.from_config(cfg)
     randomize(model)
     model.save_pretrained(folder / "bare")
     write_tokenizer(folder / "bare", kind)
     modules = [Transformer(str(folder / "bare"), **saved.pop("transformer", {}))]
-    modules.append(Pooling(made.hidden_size, pooling_mode=poolings))
+    modules.append(Pooling(cfg.hidden_size, pooling_mode=poolings))
     for inner, outer, activation in dense:
         modules.append(Dense(inner, outer, activation_function=activation))
         randomize(modules[-1])
@@ -153,19 +153,19 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "kind", ["bert", "roberta", "xlm-roberta", "modernbert", "nomic", "qwen3", "gemma3", "llama"]
 )
-def test_texts_give_the_vectors_of_sentence_transformers(kind: str, tmp_path: Path) -> None:
+def test_vectors_equal_sentence_transformers(kind: str, tmp_path: Path) -> None:
     pooling = "lasttoken" if kind in ("qwen3", "llama") else "mean"
     peer = sentence_transformer(tmp_path, kind, pooling)
     assert_same(served_vectors(tmp_path), peer.encode(TEXTS))
 
 
 @pytest.mark.parametrize("pooling", [*POOLINGS, ("weightedmean", "cls"), POOLINGS], ids=str)
-def test_every_pooling_gives_the_same_vectors(pooling: Any, tmp_path: Path) -> None:
+def test_vectors_of_each_pooling_equal_sentence_transformers(pooling: Any, tmp_path: Path) -> None:
     peer = sentence_transformer(tmp_path, "roberta", pooling, normalize=False)
     assert_same(served_vectors(tmp_path), peer.encode(TEXTS))
 
 
-def test_dense_layers_and_prompts_give_the_same_vectors(tmp_path: Path) -> None:
+def test_vectors_with_dense_layers_and_prompts_equal_sentence_transformers(tmp_path: Path) -> None:
     import torch
 
     prompts = {"query": "search: ", "document": "text: ", "empty": ""}
@@ -183,7 +183,9 @@ def test_dense_layers_and_prompts_give_the_same_vectors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
-def test_lower_case_and_maximum_length_give_the_same_vectors(kind: str, tmp_path: Path) -> None:
+def test_vectors_with_lower_case_and_length_limit_equal_sentence_transformers(
+    kind: str, tmp_path: Path
+) -> None:
     peer = sentence_transformer(
         tmp_path, kind, "cls", transformer=dict(do_lower_case=True, max_seq_length=20)
     )
@@ -207,7 +209,7 @@ def test_lower_case_and_maximum_length_give_the_same_vectors(kind: str, tmp_path
         ("modernbert", 2, True),
     ],
 )
-def test_pairs_give_the_scores_of_cross_encoder(
+def test_scores_of_pairs_equal_cross_encoder(
     kind: str, labels: int, has_types: bool, tmp_path: Path
 ) -> None:
     import torch
@@ -215,8 +217,8 @@ def test_pairs_give_the_scores_of_cross_encoder(
     from sentence_transformers import CrossEncoder
 
     torch.manual_seed(0)
-    made = config(kind, num_labels=labels)
-    model = transformers.AutoModelForSequenceClassification.from_config(made)
+    cfg = config(kind, num_labels=labels)
+    model = transformers.AutoModelForSequenceClassification.from_config(cfg)
     randomize(model)
     model.save_pretrained(tmp_path)
     write_tokenizer(tmp_path, kind, has_types)

@@ -283,12 +283,12 @@ def test_get_cancelled_during_load_does_not_cancel_others() -> None:
     registry = Registry(specs.specs, {})
 
     async def main() -> None:
-        hasty, patient = (asyncio.create_task(registry.get("one")) for _ in range(2))
+        cancelled, waiting = (asyncio.create_task(registry.get("one")) for _ in range(2))
         await asyncio.sleep(0.01)
-        hasty.cancel()
+        cancelled.cancel()
         await asyncio.sleep(0)
         specs.gate.set()
-        assert (await patient).id == "one"
+        assert (await waiting).id == "one"
 
     asyncio.run(main())
     assert specs.loads == ["one"]

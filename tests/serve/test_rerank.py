@@ -68,7 +68,7 @@ def expected(folders):
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank"])
-def test_documents_are_sorted_by_relevance(address, expected, path):
+def test_rerank_sorts_documents_by_relevance(address, expected, path):
     scores, num_tokens = expected
     answer = post(address, path, query=QUERY, documents=DOCUMENTS, model="rerank-v3.5").json()
     assert (answer["model"], answer["method"]) == ("cross", "cross_encoder")
@@ -80,13 +80,13 @@ def test_documents_are_sorted_by_relevance(address, expected, path):
     assert answer["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
 
 
-def test_card_of_cross_encoder_before_loading_shows_its_context(folders, tmp_path):
-    """Regression: the card of a cross-encoder had no context before the first request."""
+def test_cross_encoder_spec_before_loading_has_context(folders, tmp_path):
+    """Regression: /v1/models showed no context of a cross-encoder before the first request."""
     (spec,) = specs(folders, tmp_path, "cross")
     assert spec.context == bert.read_config(folders["cross"]).max_tokens
 
 
-def test_top_n_and_documents_as_objects(address):
+def test_rerank_top_n_returns_best_documents_and_accepts_objects(address):
     plain = post(address, query=QUERY, documents=DOCUMENTS).json()  # the reranker is the default
     objects = [{"text": text, "id": 3} for text in DOCUMENTS]
     answer = post(address, query=QUERY, documents=objects, top_n=2, return_documents=False).json()
@@ -98,7 +98,7 @@ def test_top_n_and_documents_as_objects(address):
     assert whole["results"] == plain["results"]
 
 
-def test_embeddings_rank_and_the_reply_says_so(address, folders):
+def test_rerank_with_embedding_model_returns_cosines_and_method(address, folders):
     def vectors(texts, name):
         body = {"model": "embedder", "input": texts, "prompt_name": name}
         data = post(address, "/v1/embeddings", **body).json()["data"]
@@ -114,14 +114,14 @@ def test_embeddings_rank_and_the_reply_says_so(address, folders):
     assert scores["method"] == "embeddings"
 
 
-def test_embeddings_are_the_default_without_a_cross_encoder(folders, tmp_path):
+def test_rerank_without_cross_encoder_uses_embedding_model(folders, tmp_path):
     registry = Registry(specs(folders, tmp_path, "embedder"), {})
     with scripted.serve_app(create_app(ServerSettings(home=tmp_path), registry)) as address:
         answer = post(address, query=QUERY, documents=DOCUMENTS).json()
     assert (answer["model"], answer["method"]) == ("embedder", "embeddings")
 
 
-def test_server_without_such_models_is_404(tmp_path):
+def test_rerank_without_reranker_or_encoder_returns_404(tmp_path):
     registry = Registry([scripted.model()], {})
     with scripted.serve_app(create_app(ServerSettings(home=tmp_path), registry)) as address:
         for fields in ({}, {"model": "scripted"}):
@@ -129,7 +129,7 @@ def test_server_without_such_models_is_404(tmp_path):
             assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
 
 
-def test_scores_of_pairs(address, expected):
+def test_score_returns_relevance_of_each_pair(address, expected):
     scores, num_tokens = expected
     answer = post(address, "/v1/score", model="cross", text_1=QUERY, text_2=DOCUMENTS).json()
     assert [item["score"] for item in answer["data"]] == pytest.approx(scores, abs=1e-5)
@@ -224,7 +224,7 @@ def test_invalid_score_request_names_the_field(address, body, param, code):
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
 
 
-def test_model_that_is_unknown_or_of_another_kind_is_404(address):
+def test_rerank_with_unknown_model_or_wrong_kind_returns_404(address):
     for name in ("nothing", "scripted", "gpt-4"):
         answer = post(address, query="a", documents=["b"], model=name)
         error = answer.json()["error"]
@@ -237,18 +237,18 @@ def test_model_that_is_unknown_or_of_another_kind_is_404(address):
     assert answer.status_code == 404
 
 
-def test_models_list_has_the_reranker(address):
-    cards = httpx.get(f"{address}/v1/models").json()["data"]
-    assert {card["id"]: card["kind"] for card in cards}["cross"] == "reranker"
+def test_models_list_contains_reranker(address):
+    entries = httpx.get(f"{address}/v1/models").json()["data"]
+    assert {entry["id"]: entry["kind"] for entry in entries}["cross"] == "reranker"
 
 
-def test_two_labels_give_the_probability_of_the_second():
+def test_relevance_of_two_labels_is_probability_of_second():
     logits = np.array([[0.0, 0.0], [1.0, 3.0], [800.0, -800.0]], np.float32)
     np.testing.assert_allclose(relevance(logits, "sigmoid"), [0.5, 0.880797, 0.0], atol=1e-6)
     np.testing.assert_allclose(relevance(logits[:, :1], "identity"), logits[:, 0])
 
 
-def test_activation_and_labels_of_the_files_are_honoured(tmp_path):
+def test_activation_of_files_is_used_and_unsupported_config_raises_value_error(tmp_path):
     identity = "torch.nn.modules.linear.Identity"
     for number, change in enumerate(
         (

@@ -29,7 +29,7 @@ def describe(path, id, tmp_path):
     )
 
 
-def test_describe_real_model_without_loading_it(model_file, tmp_path):
+def test_describe_real_model_estimates_memory_without_loading(model_file, tmp_path):
     spec = describe(model_file(CHAT), "mine", tmp_path)
     assert (spec.id, spec.owned_by) == ("mine", "me")
     assert spec.created == int(model_file(CHAT).stat().st_mtime)

@@ -1,4 +1,4 @@
-"""Folders of tiny random encoders with a tokenizer, made from the golden files."""
+"""Folders with a tiny random encoder and a tokenizer, copied from the golden files."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 GOLDEN = Path(__file__).parent.parent / "golden" / "encoder"
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
 WORDS = ["paris", "is", "the", "capital", "of", "france", "?"]
-# 64 tokens, as many as the golden models have.
+# 64 tokens, the vocabulary size of the golden models.
 VOCAB = [*SPECIAL, *WORDS, *ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase)]
 
 

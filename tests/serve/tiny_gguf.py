@@ -126,14 +126,14 @@ def _add_sentencepiece(writer: gguf.GGUFWriter) -> list[str]:
         *letters,
         *SPECIAL,
     ]
-    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2]
-    kinds += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * len(letters)
-    kinds += [gguf.TokenType.CONTROL] * len(SPECIAL)
+    token_types = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2]
+    token_types += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * len(letters)
+    token_types += [gguf.TokenType.CONTROL] * len(SPECIAL)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)])
-    writer.add_token_types(kinds)
+    writer.add_token_types(token_types)
     writer.add_bos_token_id(1)
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(True)
