@@ -74,13 +74,13 @@ class Config:
     vocab_size: int  # V
     max_seq_len: int  # positions
     max_tokens: int  # longest text, special tokens included; at most max_seq_len
-    num_types: int = 2  # types of token, for the first and second text of a pair; 0: no such table
+    num_types: int = 2  # token types, for the first and second text of a pair; 0: no embedding
     norm_eps: float = 1e-12
     position: Literal["learned", "rope"] = "learned"
     position_offset: int = 0  # row of the position table for the first token; RoBERTa skips some
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None  # of layers with a window; None: rope_theta
-    windows: tuple[int | None, ...] = (None,)  # repeated over the layers: how far a token sees
+    windows: tuple[int | None, ...] = (None,)  # per layer, repeated; see the method `window`
     pre_norm: bool = False  # norm the input of attention and MLP instead of the sum after them
     mlp: Literal["gelu", "geglu", "swiglu"] = "gelu"
     attention_bias: bool = True
@@ -144,7 +144,7 @@ class Config:
         return pooling.output_width(self.pooling, self.dense, self.d_model)
 
     def window(self, layer: int) -> int | None:
-        """Return how many positions to either side a token of `layer` sees; None means all."""
+        """Return how many positions to either side a token in `layer` attends to; None for all."""
         return self.windows[layer % len(self.windows)]
 
     @classmethod
@@ -335,8 +335,8 @@ def forward(
         ids: Token ids including special tokens, int32 [B, T].
         segments: Text number of each token within its row, int32 [B, T]: 1, 2, ... and 0 for
             padding. The tokens of a text are contiguous.
-        types: Type of each token, int32 [B, T]: 0 for a text and the first of a pair, 1 for the
-            second of a pair. None means 0.
+        types: Type of each token, int32 [B, T]: 0 for a single text and for the first text of a
+            pair, 1 for the second text of a pair. None means 0 for all.
         taps: Names of intermediates to return: "residual" (the residual stream before each block
             and after the last, [L + 1, B, T, D]) and "attention" (attention weights,
             [L, B, N, T, T]). An unused tap costs nothing under `jax.jit`.
@@ -376,7 +376,7 @@ def forward(
 
 
 def _rotations(cfg: Config, positions: jax.Array) -> tuple[Any, Any]:
-    """Return the cosines and sines of layers without and with a window; None where learned."""
+    """Return the rotary cosines and sines of layers without and with a window; None if learned."""
     if cfg.position == "learned":
         return None, None
     whole = rope.angles(positions, cfg.head_dim, cfg.rope_theta)
@@ -402,8 +402,8 @@ def pool(
         dense: Weights of the dense layers, if the config has any.
 
     Returns:
-        Embeddings, float32 [B, num_texts, E]. Index i of the second axis is segment i + 1, and zero
-        before the dense layers if the row has no such segment.
+        Embeddings, float32 [B, num_texts, E]. Index i of the second axis is segment i + 1. If the
+        row has no such segment, the input of the dense layers is zero.
     """
     with jax.named_scope("pool"):
         y = pooling.pool_tokens(x, segments, position_ids(segments), num_texts, cfg.pooling)
@@ -446,7 +446,7 @@ def score_batch(
         params: Weights of a cross-encoder.
         cfg: Its config.
         ids: As in `forward`.
-        segments: As in `forward`; a pair is one text.
+        segments: As in `forward`; the two texts of a pair have the same number.
         types: As in `forward`.
         num_texts: Maximum number of pairs in a row.
 
@@ -533,7 +533,8 @@ def _block(
 ) -> tuple[jax.Array, jax.Array]:
     """Apply a block: attention, add; MLP, add; each with a norm before it or after the addition.
 
-    Returns its output [B, T, D] and its attention weights [B, N, T, T].
+    Returns:
+        The output of the block [B, T, D], and the attention weights [B, N, T, T].
     """
     batch, length, width = x.shape
 
@@ -562,7 +563,7 @@ def _block(
 
 
 def _mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
-    """Return the input of the MLP's last product, [B, T, D] -> [B, T, F]."""
+    """Return the hidden activations of the MLP, the input of `down`: [B, T, D] -> [B, T, F]."""
     if layer.gate is None:
         return pooling.gelu(linear(y, layer.up))
     gate = linear(y, layer.gate)
@@ -582,7 +583,7 @@ def attend(
         k: Keys, float32 [B, N, T, H].
         v: Values, float32 [B, N, T, H].
         segments: Text number of each position, int32 [B, T].
-        window: How many positions to either side a query sees; None means all of its text.
+        window: How many positions to either side a query attends to; None means its whole text.
 
     Returns:
         The attention output [B, N, T, H] and the attention weights [B, N, T, T].

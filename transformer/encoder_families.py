@@ -1,9 +1,9 @@
 """Published encoder families: how their `config.json` and GGUF metadata become fields of `Config`.
 
 `FAMILIES` has one row per `model_type`: the names of its keys, the defaults of transformers for
-keys that a file lacks, and the choices that define the family. `families.py` is the same for
-decoders. Follows the configuration classes of transformers 5, the files of nomic-ai (whose code
-comes with their weights), and llama.cpp's converter.
+keys that a file lacks, and the fields that have the same value in the whole family. `families.py`
+is the same for decoders. Follows the configuration classes of transformers 5, the files of nomic-ai
+(whose code comes with their weights), and llama.cpp's converter.
 
     BERT             learned positions, post-norm, GELU (Devlin et al. 2018, arXiv:1810.04805)
     RoBERTa, XLM-R   BERT whose positions begin after the id of padding (Liu et al. 2019,
@@ -75,11 +75,11 @@ _ROTARY_NEUTRAL = _BIDIRECTIONAL | {
 
 
 class Fields(NamedTuple):
-    """The result of reading a config: fields, keys that are left, their neutral values."""
+    """The result of reading a config.json."""
 
-    fields: dict[str, Any]
-    rest: dict[str, Any]
-    neutral: dict[str, tuple[Any, ...]]
+    fields: dict[str, Any]  # of `Config`
+    rest: dict[str, Any]  # the keys that give no field
+    neutral: dict[str, tuple[Any, ...]]  # their values that do not change the forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +87,13 @@ class EncoderFamily:
     """Properties of one `model_type`.
 
     Attributes:
-        keys: key of config.json -> field.
+        keys: key of config.json -> field of `Config`.
         defaults: values of keys that config.json lacks.
-        fixed_fields: fields that all its models share.
+        fixed_fields: fields that are equal in all models of the family.
         activations: key of the activation, and each accepted name -> value of the field `mlp`.
         neutral: overrides of `config_keys.CONFIG`.
-        head: fields of the head of its `ForSequenceClassification`.
+        head: fields of `HeadConfig` for the family's `ForSequenceClassification`; empty if that is
+            not supported.
     """
 
     keys: Mapping[str, str]
@@ -175,7 +176,7 @@ _MODERNBERT_UNUSED = frozenset(
 
 
 def fields_from_hf(config: Mapping[str, Any]) -> Fields:
-    """Read the dictionary of a Hugging Face `config.json`.
+    """Return the fields for the dictionary of a Hugging Face `config.json`, and the unused keys.
 
     Raises:
         ValueError: The model type is unknown, or a key is missing or has an invalid value.
@@ -220,13 +221,13 @@ def head_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the fields of the head of a `ForSequenceClassification`, and its pooling.
 
     Raises:
-        ValueError: The model type has no such head here, or a key has an invalid value.
+        ValueError: The head of this model type is not supported, or a key has an invalid value.
     """
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None or not family.head:
         known = sorted(name for name, family in FAMILIES.items() if family.head)
-        raise ValueError(f"a cross-encoder must have a model_type of {known}, got {kind!r}")
+        raise ValueError(f"model_type of a cross-encoder must be one of {known}, got {kind!r}")
     labels: Any = config.get("num_labels")
     if labels is None:
         names = config.get("id2label")
@@ -259,14 +260,15 @@ def _set_position_offset(fields: dict[str, Any], padding: Any) -> None:
 
 
 def _pop_rope(rest: dict[str, Any], thetas: Mapping[str, str]) -> None:
-    """Move the bases of `rope_parameters` to keys of their own.
+    """Move each `rope_theta` of the object `rope_parameters` to a key of config.json.
 
     Args:
-        rest: The keys of config.json.
-        thetas: Type of layer -> key of its base; or "rope_theta" -> key, for one base.
+        rest: The keys of config.json, changed in place.
+        thetas: Layer type in the object -> key for its theta; or "rope_theta" -> key, if the object
+            has one theta for all layers.
 
     Raises:
-        ValueError: The rotation is scaled, or the object has another form.
+        ValueError: RoPE is scaled, or the object does not have this structure.
     """
     value = rest.pop("rope_parameters", None) or {}
     if not isinstance(value, Mapping):
@@ -291,7 +293,7 @@ def _pop_rope(rest: dict[str, Any], thetas: Mapping[str, str]) -> None:
 
 
 def _pop_windows(rest: dict[str, Any], num_layers: Any) -> tuple[int | None, ...]:
-    """Remove the keys of windows; return how far each layer sees to either side."""
+    """Remove the keys of the sliding windows from `rest`; return the window of each layer."""
     check_size("num_hidden_layers", num_layers, MAX_LAYERS)
     width, period = rest.pop("local_attention"), rest.pop("global_attn_every_n_layers")
     check_size("local_attention", width)
@@ -320,7 +322,7 @@ _GGUF_POOLING = {1: "mean", 2: "cls", 3: "lasttoken"}
 
 
 def gguf_pooling(metadata: Mapping[str, Any]) -> str | None:
-    """Return the pooling of GGUF metadata, or None if the file is not an encoder's.
+    """Return the pooling mode in GGUF metadata, or None if the model does not embed texts.
 
     Raises:
         ValueError: The pooling is not supported.
@@ -340,14 +342,14 @@ def gguf_pooling(metadata: Mapping[str, Any]) -> str | None:
 def fields_from_gguf(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the metadata of a GGUF file.
+    """Return the fields for the metadata of a GGUF file, and the unused keys.
 
     Args:
         metadata: The key-value section of the file.
-        shapes: Shape of each tensor. It has the size of the vocabulary, and which biases exist.
+        shapes: Shape of each tensor, for the vocabulary size and for which biases exist.
 
     Returns:
-        The fields, and the keys that are left, without the prefix of the architecture.
+        The fields of `Config`, and the unused keys without the prefix of the architecture.
 
     Raises:
         ValueError: The architecture is unknown, or a key is missing or has an invalid value.
@@ -374,9 +376,9 @@ def fields_from_gguf(
         mlp_bias="blk.0.ffn_up.bias" in shapes,
     )
     if pop("attention.head_count_kv", fields["num_heads"]) != fields["num_heads"]:
-        raise ValueError(f"{kind}.attention.head_count_kv must be the number of heads")
+        raise ValueError(f"{kind}.attention.head_count_kv must equal {kind}.attention.head_count")
     if kind == "bert":
-        # Whatever context_length says, the table has the positions.
+        # The table may have fewer rows than context_length.
         fields["max_seq_len"] = shapes.get("position_embd.weight", (0,))[0]
     if kind != "modern-bert":
         fields["num_types"] = shapes.get("token_types.weight", (0,))[0]

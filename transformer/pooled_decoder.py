@@ -3,10 +3,10 @@
 A decoder that was trained to embed texts (Qwen3-Embedding, E5-Mistral) keeps causal attention; the
 last token has seen the whole text, so its vector is the embedding (BehnamGhader et al. 2024,
 arXiv:2404.05961, compares the variants). Gemma 3 can be bidirectional (EmbeddingGemma): then every
-token sees the whole text, or in a layer with a window half of it to either side, and the vectors of
-all tokens are averaged.
+token attends to the whole text (in a layer with a sliding window, to half of the window on either
+side), and the vectors of all tokens are averaged.
 
-The functions are those of `encoder.py`, which calls them for such a config.
+`encoder.embed_batch` calls `forward` for a config of this module.
 """
 
 from __future__ import annotations

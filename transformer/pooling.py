@@ -11,7 +11,7 @@ several modes are concatenated:
     weightedmean          the average, weighted by the position (Muennighoff 2022, arXiv:2202.08904)
     max                   the maximum of each channel
 
-Leaves out: leaving the tokens of a prompt out of the pooling (INSTRUCTOR).
+Leaves out: pooling that skips the tokens of the prompt (INSTRUCTOR).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def check(
         The pooling; a tuple of one mode becomes that mode.
 
     Raises:
-        ValueError: A mode is unknown, or a dense layer has another width than its input.
+        ValueError: A mode is unknown, or `in_features` of a dense layer is not its input's width.
     """
     modes = (pooling,) if isinstance(pooling, str) else pooling
     if not isinstance(modes, tuple) or not modes or not set(map(str, modes)) <= set(MODES):
@@ -93,8 +93,8 @@ def check(
     for layer in dense:
         if layer.in_features != width:
             raise ValueError(
-                f"a dense layer after vectors of {width} dimensions must have in_features={width}, "
-                f"got {layer.in_features}"
+                f"in_features of the dense layer must be {width}, the width of its input, got "
+                f"{layer.in_features}"
             )
         width = layer.out_features
     return modes[0] if len(modes) == 1 else modes
@@ -106,7 +106,7 @@ def output_width(pooling: str | tuple[str, ...], dense: Sequence[Dense], d_model
 
 
 def as_modes(pooling: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return the modes of a pooling."""
+    """Return the modes of a pooling, also of a single mode, as a tuple."""
     return (pooling,) if isinstance(pooling, str) else pooling
 
 
@@ -162,7 +162,7 @@ def _max_pool(x: jax.Array, segments: jax.Array, num_texts: int) -> jax.Array:
         return jax.ops.segment_max(row, numbers, num_segments=num_texts + 1)[1:]
 
     y = jax.vmap(of_row)(x, segments)
-    return jnp.where(jnp.isneginf(y), 0.0, y)  # of segments that do not exist
+    return jnp.where(jnp.isneginf(y), 0.0, y)  # minus infinity for segments without tokens
 
 
 def project(

@@ -32,7 +32,7 @@ class SearchResult(NamedTuple):
 
 
 class Probe(struct.PyTreeNode):
-    """A linear classifier."""
+    """A linear classifier of D-dimensional vectors into C classes."""
 
     weight: jax.Array  # [C, D] float32
     bias: jax.Array  # [C] float32
@@ -44,7 +44,12 @@ def l2_normalize(vectors: jax.Array) -> jax.Array:
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the cosine similarity of each two vectors: [n, D], [m, D] -> float32 [n, m]."""
+    """Return the cosine similarity of each row of a and each row of b: float32 [n, m].
+
+    Args:
+        a: float32 [n, D].
+        b: float32 [m, D].
+    """
     return jnp.einsum(
         "nd,md->nm", l2_normalize(a), l2_normalize(b), preferred_element_type=jnp.float32
     )
@@ -116,7 +121,7 @@ def fit_probe(
     labels = np.asarray(labels)
     if labels.shape != (len(vectors),) or not len(labels):
         raise ValueError(
-            f"there must be one label for each of {len(vectors)} vectors, got {labels.shape}"
+            f"labels must have shape ({len(vectors)},), one label per vector, got {labels.shape}"
         )
     if (invalid := labels[(labels < 0) | (labels >= num_classes)]).size:
         raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {invalid[0]}")

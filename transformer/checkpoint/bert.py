@@ -1,4 +1,4 @@
-"""Loading and saving of encoders, in the formats of Hugging Face, sentence-transformers and GGUF.
+"""Load and save encoders in the formats of Hugging Face, sentence-transformers and GGUF.
 
 A sentence-transformers folder is a Hugging Face folder with a list of modules
 (`sentence_transformers.py`). A folder without `modules.json` is a bare encoder without a defined
@@ -7,8 +7,8 @@ cross-encoder, whose pooling is a part of its head. `encoder_families.py` lists 
 
 Loading is strict, as for decoders. Three kinds of tensors are ignored: the pooler (a linear map of
 the first token's vector, from pretraining), the pretraining heads, and the position ids. The tensor
-names of a model saved with a head have a prefix ("bert.", "roberta.", "model."). The first files
-name the scale and bias of a norm gamma and beta.
+names of a model saved with a head have a prefix ("bert.", "roberta.", "model."). In the oldest
+files, the scale and bias of a norm are called gamma and beta.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from transformer.pooling import as_modes
 
 _UNUSED = ("pooler.dense.weight", "pooler.dense.bias")
 _PRETRAINING_HEADS = ("cls.predictions.", "cls.seq_relationship.", "lm_head.")
-# The masked language models of ModernBERT and nomic; a cross-encoder's head has other names.
+# The masked-language-model heads of ModernBERT and nomic. The head of a ModernBERT cross-encoder
+# has some of these names, so a cross-encoder keeps them.
 _MASKED_HEADS = ("head.dense.", "head.norm.", "decoder.", "cls.")
 _PREFIXES = ("bert.", "roberta.", "model.", "nomic_bert.")
 _IGNORED_TENSORS = ("embeddings.position_ids", "rotary_emb.inv_freq")  # follow from the config
@@ -95,7 +96,7 @@ def load(
 
 
 def is_bert(folder: Path) -> bool:
-    """Whether the model_type of a Hugging Face folder is that of an encoder."""
+    """Whether the model_type of a Hugging Face folder is a supported encoder family."""
     folder = sentence_transformers.transformer_folder(folder)
     kind = safetensors.read_json_object(folder / "config.json").get("model_type")
     return isinstance(kind, str) and kind in encoder_families.FAMILIES
@@ -180,7 +181,7 @@ def _read_gguf_header(
         **fields,
         max_tokens=fields["max_seq_len"],
         pooling=file_pooling if pooling is None else pooling,
-        normalize=True if normalize is None else normalize,  # no key says so; llama.cpp does it
+        normalize=True if normalize is None else normalize,  # as llama.cpp does; no key stores it
     )
     kind = metadata["general.architecture"]
     config_keys.check_gguf(rest, cfg, kind)
@@ -256,7 +257,10 @@ def _with_current_names(
 def _build_params(tensors: Mapping[str, LazyTensor], header: Header, dtype: Any) -> Params:
     cfg, path = header.cfg, header.folder
     if cfg.num_layers > len(tensors):  # checked before a tree of so many layers is built
-        raise ValueError(f"{path}: {len(tensors)} tensors are too few for {cfg.num_layers} layers")
+        raise ValueError(
+            f"{path}: has {len(tensors)} tensors, too few for the {cfg.num_layers} layers of the "
+            "config"
+        )
     sources, infos = tensor_sources(cfg, header.scheme, tensors.keys()), abstract(cfg)
     num_rows = rows_per_tensor(sources, infos)
     num_rows.pop("", None)  # biases that are zero
@@ -265,7 +269,8 @@ def _build_params(tensors: Mapping[str, LazyTensor], header: Header, dtype: Any)
         raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
     if unknown := sorted(names - num_rows.keys()):
         raise ValueError(
-            f"{path}: tensors that are not part of this model: {_first_names(unknown)}"
+            f"{path}: unknown tensors, which are not part of this architecture: "
+            f"{_first_names(unknown)}"
         )
 
     def read(key_path: tuple[Any, ...], source: TensorSource, info: Any) -> jax.Array:

@@ -103,7 +103,7 @@ def tensor_sources(cfg: Config, scheme: str, names: Collection[str]) -> Params:
         names: Names of the tensors in the file, which tell whether norms have a bias.
 
     Returns:
-        The tree. A bias of a norm without a tensor has the empty name: it is zero.
+        The tree. The bias of a norm that has no bias tensor has the empty name and is zero.
     """
     table = _TABLES[scheme]
     leaf: Any = TensorSource  # takes the place of an array in the tree

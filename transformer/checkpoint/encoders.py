@@ -1,7 +1,8 @@
-"""Loading of any model that embeds texts: an encoder (`bert.py`), or a decoder with a pooling.
+"""Load any model that embeds texts: an encoder (`bert.py`), or a decoder with a pooling.
 
 A decoder embeds texts if its folder has the modules of sentence-transformers with a pooling, or its
-GGUF file has a type of pooling. `pooled_decoder.py` computes it. Its head is not used.
+GGUF metadata has a `pooling_type`. `pooled_decoder.py` computes the embeddings; the output
+projection of the decoder is not used.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _GGUF_GEMMA = "gemma-embedding"
 
 
 class Settings(NamedTuple):
-    """Settings of a folder that concern texts, not tensors.
+    """Settings of an embedding model for the text before it is tokenized.
 
     Attributes:
-        folder: Folder of the tokenizer.
-        prompts: Texts that are put before an input, by name.
+        folder: Folder of the tokenizer, or the GGUF file that contains it.
+        prompts: Texts to put before an input, by prompt name.
         default_prompt: The prompt of an input without a prompt name.
         lowercase: Whether texts are converted to lower case before the tokenizer.
     """
@@ -61,9 +62,12 @@ def load(
         if layer.has_bias:
             shapes["bias"] = (layer.out_features,)
         names = {f"dense.{i}.{part}" for part in shapes}
-        found = {name for name in dense_tensors if name.startswith(f"dense.{i}.")}
-        if wrong := sorted(names ^ found):
-            raise ValueError(f"{path}: dense layer {i} lacks or has the unknown tensor {wrong[0]}")
+        stored = {name for name in dense_tensors if name.startswith(f"dense.{i}.")}
+        if wrong := sorted(names ^ stored):
+            raise ValueError(
+                f"{path}: dense layer {i} must have the tensors {sorted(names)}, and {wrong[0]} is "
+                f"{'missing' if wrong[0] in names else 'unknown'}"
+            )
         arrays: dict[str, Any] = {}
         for part, shape in shapes.items():
             tensor = dense_tensors[f"dense.{i}.{part}"]
@@ -83,7 +87,7 @@ def read_config(path: Path) -> AnyConfig:
 
 
 def read_settings(path: Path) -> Settings:
-    """Return the settings of a folder or GGUF file that concern texts; raises as `load`."""
+    """Return the prompts and tokenizer settings of a folder or GGUF file; raises as `load`."""
     if path.is_dir() and sentence_transformers.has_pooling(path):
         modules = sentence_transformers.read(path)
         return Settings(

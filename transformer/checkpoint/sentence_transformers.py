@@ -1,15 +1,16 @@
-"""Reading of sentence-transformers folders: the modules after the transformer, and prompts.
+"""Read sentence-transformers folders: the modules after the transformer, and the prompts.
 
 `modules.json` lists the modules of a model in order, each with a type and a folder:
 
     Transformer  config.json, weights and tokenizer; `sentence_bert_config.json` has the maximum
                  length of a text
-    Pooling      which modes, see `pooling.py`
-    Dense        a linear map with an activation; any number
-    Normalize    optional, the last one
+    Pooling      one or more pooling modes, see `pooling.py`
+    Dense        a linear map with an activation; any number of these modules
+    Normalize    optional, the last module
 
-`config_sentence_transformers.json` has the prompts, texts that are put before an input: a model
-that was trained with "query: " before questions needs it. Any other module is rejected by name.
+Any other module raises an error that names it. `config_sentence_transformers.json` has the prompts,
+texts that are put before an input: a model that was trained with "query: " before questions needs
+this prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _ACTIVATIONS = {
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
 }
-# The flags of older files, in the order in which several modes are concatenated.
+# The pooling flags of older files, in the order in which several modes are concatenated.
 _MODE_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -56,7 +57,7 @@ class Modules:
         transformer: folder of the transformer and its tokenizer.
         pooling: one or more modes of `pooling.py`.
         dense: dense layers after the pooling.
-        dense_folders: folders of their weights.
+        dense_folders: folders of the weights of the dense layers.
         normalize: whether embeddings are scaled to length 1.
         max_tokens: maximum length of a text in tokens, or None if no file has it.
         lowercase: whether texts are converted to lower case before the tokenizer.
@@ -76,7 +77,7 @@ class Modules:
 
 
 def has_modules(folder: Path) -> bool:
-    """Whether a folder has the list of modules."""
+    """Whether a folder has a `modules.json`."""
     return (folder / "modules.json").is_file()
 
 
@@ -87,7 +88,7 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def has_pooling(folder: Path) -> bool:
-    """Whether a folder has a list of modules with a pooling, so that it embeds texts."""
+    """Whether `modules.json` of a folder has a Pooling module, so that the model embeds texts."""
     return has_modules(folder) and any(kind == "Pooling" for kind, _ in _read_list(folder))
 
 
@@ -106,8 +107,8 @@ def read_cross_encoder_settings(folder: Path) -> tuple[str | None, str]:
     transformer = transformer_folder(folder)
     path = transformer / "config.json"
     config = safetensors.read_json_object(path)
-    own = config.get("sentence_transformers")
-    name = own.get("activation_fn") if isinstance(own, dict) else None
+    section = config.get("sentence_transformers")
+    name = section.get("activation_fn") if isinstance(section, dict) else None
     if name is None:
         name = config.get("sbert_ce_default_activation_function")  # before version 4
     settings = folder / "config_sentence_transformers.json"
@@ -223,7 +224,7 @@ def _read_list(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _read_pooling(path: Path, has_prompts: bool) -> str | tuple[str, ...]:
-    """Return the modes of a config file in the format of any version."""
+    """Return the pooling modes of a Pooling module's config.json, of any version."""
     value = safetensors.read_json_object(path)
     modes: Any = value.get("pooling_mode")
     if modes is None:
@@ -236,7 +237,7 @@ def _read_pooling(path: Path, has_prompts: bool) -> str | tuple[str, ...]:
         modes = modes or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
     if not isinstance(modes, list) or not modes or any(mode not in MODES for mode in modes):
-        raise ValueError(f"{path}: pooling must be some of {', '.join(MODES)}, got {modes}")
+        raise ValueError(f"{path}: pooling modes must be among {', '.join(MODES)}, got {modes}")
     if value.get("include_prompt", True) is not True and has_prompts:
         raise ValueError(
             f"{path}: include_prompt must be true: leaving the tokens of a prompt out of the "

@@ -94,7 +94,8 @@ class PromptLogprobs:
 class Done:
     """The event that a sequence ended.
 
-    `token` is the stop token that ended it, if it was a stop token and `top_logprobs` is set.
+    `token` is the sampled stop token if a stop token ended the sequence and the request has
+    `top_logprobs`; else None.
     """
 
     finish_reason: Literal["stop", "length", "cancelled", "timeout"]

@@ -127,7 +127,7 @@ class Runner:
             self._program(name)
 
     def warm_up(self) -> None:
-        """Run the programs that one conversation needs once, before the engine starts."""
+        """Run each program that a single conversation needs, so that requests do not compile it."""
         sequence = Sequence(
             SequenceRequest(prompt=(0,), max_tokens=1, sampling_params=_GREEDY),
             deliver=lambda event: None,

@@ -177,7 +177,7 @@ class Scheduler:
         self._did_prefill_last = False
         decoding = sorted(decoding, key=lambda s: s.last_step)[:max_batch_size]
         for sequence in decoding:
-            if sequence in self.running:  # it can have been preempted for one before it
+            if sequence in self.running:  # not preempted by an earlier iteration
                 self._append_block(sequence)
         decoding = [s for s in decoding if s in self.running]
         self._steps += 1

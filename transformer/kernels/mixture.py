@@ -79,10 +79,10 @@ def sorted_blocks(
         return None, jax.lax.cond(is_used, apply, lambda: jnp.zeros((size, x.shape[1]), x.dtype))
 
     y = jax.lax.scan(compute, None, (rows, block_expert, is_used))[1]  # [M, size, D]
-    # Place of each pair among the blocks, in the order of `chosen`.
+    # Row of each pair among the rows of all blocks, in the order of `chosen`.
     rank = jnp.argsort(order) - first_pair[expert]
-    place = first_block[expert] * size + rank  # [P]
-    y = y.reshape(-1, x.shape[1])[place].reshape(num_rows, k, -1)
+    block_row = first_block[expert] * size + rank  # [P]
+    y = y.reshape(-1, x.shape[1])[block_row].reshape(num_rows, k, -1)
     # A sum in a fixed order: the result of a row does not depend on the number of rows.
     return sum(weights[:, i, None] * y[:, i] for i in range(1, k)) + weights[:, :1] * y[:, 0]
 

@@ -101,7 +101,7 @@ def attend(
     """
     with jax.named_scope("attend"):
         function = _resolve_impl("attend", "attend", impl)
-        return function(q, k, v, window=window, segments=segments, **_given(softcap=softcap))
+        return function(q, k, v, window=window, segments=segments, **_without_none(softcap=softcap))
 
 
 def attend_cached(
@@ -134,7 +134,7 @@ def attend_cached(
     """
     with jax.named_scope("attend_cached"):
         function = _resolve_impl("attend_cached", "attend_cached", impl)
-        softcaps = _given(softcap=softcap)
+        softcaps = _without_none(softcap=softcap)
         return function(q, keys, values, tables, starts, window=window, **softcaps)
 
 
@@ -231,8 +231,8 @@ def linear(x: jax.Array, p: Linear) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _given(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments that are not None: an implementation need not know options."""
+def _without_none(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that are not None, so that implementations can lack an option."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 
