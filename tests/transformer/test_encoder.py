@@ -1,4 +1,4 @@
-"""Tests of the encoder: against transformers and sentence-transformers, and with packed rows."""
+"""Compare the encoder with transformers and sentence-transformers, also for packed rows."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def folder(pooling: str, into: Path) -> Path:
-    """Return a copy of a tiny encoder, which a test may change."""
+    """Return a copy of a tiny encoder, which a test can change."""
     for file in (GOLDEN / pooling).rglob("*"):
         if file.is_file() and file.name != "golden.npz":
             target = into / file.relative_to(GOLDEN / pooling)
@@ -76,11 +76,11 @@ def test_packed_texts_match_single_texts(pooling: str) -> None:
         np.testing.assert_allclose(encoder.pool(alone, cfg, ones, 1)[0, 0], vector, atol=2e-5)
 
 
-def test_packing_holds_every_token_in_known_shapes() -> None:
+def test_packing_keeps_all_tokens_in_expected_shapes() -> None:
     rng = np.random.default_rng(0)
     for longest in (20, 256, 512):
         texts = [rng.integers(1, 1000, n).tolist() for n in rng.integers(1, longest + 1, 300)]
-        texts += [[7]] * 50  # more short texts than a row may hold
+        texts += [[7]] * 50  # more short texts than fit into a row
         unpacked = {}
         for batch in packing.pack(texts, longest):
             assert batch.ids.shape in packing.batch_shapes(longest)
@@ -98,7 +98,7 @@ def test_packing_has_little_padding() -> None:
     assert sum(map(len, texts)) > 0.96 * computed
 
 
-def test_invalid_text_is_rejected() -> None:
+def test_embed_all_with_invalid_text_raises_value_error() -> None:
     cfg = Config.debug(max_tokens=10)
     params = encoder.init(jax.random.key(0), cfg)
     with pytest.raises(ValueError, match=naming("text 1", 11, 10)):
@@ -152,8 +152,9 @@ def test_changed_size_changes_shapes(change: dict) -> None:
 
 def test_every_config_field_is_tested() -> None:
     """`max_tokens` is covered by the tests of packing and of invalid texts."""
-    wired = {name for change in NUMBERS + ROPE_NUMBERS + SHAPES for name in change} | {"max_tokens"}
-    assert wired == {field.name for field in dataclasses.fields(Config)}
+    changes = NUMBERS + ROPE_NUMBERS + SHAPES
+    tested = {name for change in changes for name in change} | {"max_tokens"}
+    assert tested == {field.name for field in dataclasses.fields(Config)}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_unsupported_config_json_is_rejected(change: dict, value: object) -> Non
 
 
 @pytest.mark.parametrize("key", Config.debug().to_hf())
-def test_value_of_any_type_is_read_or_raises_value_error(key: str) -> None:
+def test_config_json_value_of_any_type_is_read_or_raises_value_error(key: str) -> None:
     for value in INVALID_VALUES:
         with contextlib.suppress(ValueError):  # any other exception fails the test
             Config.from_hf(Config.debug().to_hf() | {key: value})
@@ -236,7 +237,7 @@ GOOGLE = dict(  # bert-base-chinese
         dict(quantization_config=None, dtype="float32", is_decoder=False, bos_token_id=None),
     ],
 )
-def test_public_config_json_is_read(change: dict) -> None:
+def test_config_json_of_published_models_is_read(change: dict) -> None:
     cfg = Config.from_hf(BERT | change)
     assert (cfg.d_model, cfg.norm_eps, cfg.max_tokens) == (384, 1e-12, 512)
 
@@ -348,29 +349,29 @@ def embedded(path: Path, texts: list[str], dtype: str) -> np.ndarray:
     return encoder.embed_all(params, cfg, words.encode_batch(texts, max_length=cfg.max_tokens))
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
+@pytest.mark.parametrize(("dtype", "min_cosine"), [("float32", 0.99999), ("bfloat16", 0.9999)])
 def test_minilm_matches_golden_embeddings(
-    dtype: str, least: float, model_file: Callable[[str], Path]
+    dtype: str, min_cosine: float, model_file: Callable[[str], Path]
 ) -> None:
     texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
     assert len(texts) == 200
     vectors = embedded(model_file("all-minilm-l6-v2"), texts, dtype)
     expected = np.load(GOLDEN / "minilm.npz")["vectors"]
-    assert cosines(vectors, expected).min() > least
+    assert cosines(vectors, expected).min() > min_cosine
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
+@pytest.mark.parametrize(("dtype", "min_cosine"), [("float32", 0.99999), ("bfloat16", 0.9999)])
 def test_minilm_matches_sentence_transformers(
-    dtype: str, least: float, model_file: Callable[[str], Path]
+    dtype: str, min_cosine: float, model_file: Callable[[str], Path]
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
     path = model_file("all-minilm-l6-v2")
     texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
     expected = SentenceTransformer(str(path), device="cpu").encode(texts)
-    assert cosines(embedded(path, texts, dtype), expected).min() > least
+    assert cosines(embedded(path, texts, dtype), expected).min() > min_cosine
 
 
 @pytest.mark.parity

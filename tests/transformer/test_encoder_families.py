@@ -1,4 +1,4 @@
-"""Tests of the encoder families against transformers and sentence-transformers, by golden files."""
+"""Compare the encoder families with golden files of transformers and sentence-transformers."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TAPS = ("residual", "attention")
 
 
 def run(params: Any, cfg: Any, ids: np.ndarray, segments: np.ndarray, types=None) -> Any:
-    """Return token vectors and taps, one operation after another: all models share the programs."""
+    """Return token vectors and taps. Without jit, no program is compiled per model."""
     with jax.disable_jit():
         if isinstance(cfg, pooled_decoder.Config):
             return pooled_decoder.forward(params, cfg, ids, segments, taps=TAPS)
@@ -35,7 +35,7 @@ def run(params: Any, cfg: Any, ids: np.ndarray, segments: np.ndarray, types=None
 
 def check_intermediates(taps: dict[str, Any], golden: Any) -> None:
     is_token = golden["mask"] > 0
-    # The last of transformers has passed the final norm, if there is one; `last` compares it.
+    # The last residual of transformers comes after the final norm; golden["last"] compares it.
     for ours, theirs in zip(taps["residual"][:-1], golden["residual"][:-1], strict=True):
         np.testing.assert_allclose(ours[is_token], theirs[is_token], atol=1e-4)
     for row, length in enumerate(golden["mask"].sum(1)):
@@ -79,7 +79,7 @@ def test_cross_encoder_matches_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["modernbert", "gemma3"])
 def test_packed_texts_match_golden_vectors(name: str) -> None:
-    """Texts that share a row do not see each other, whatever the positions and windows."""
+    """A text does not attend to other texts of its row, also with rotary positions and windows."""
     golden = np.load(GOLDEN / name / "golden.npz")
     params, cfg = encoders.load(GOLDEN / name)
     texts = [row[:n].tolist() for row, n in zip(golden["ids"], golden["mask"].sum(1), strict=True)]
@@ -101,7 +101,7 @@ def test_packed_pairs_match_golden_logits() -> None:
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
 
 
-def test_embedder_does_not_score_pairs() -> None:
+def test_score_all_without_head_raises_value_error() -> None:
     params, cfg = bert.load(GOLDEN / "roberta")
     with pytest.raises(ValueError):
         encoder.score_all(params, cfg, [([1, 2], [0, 0])])
@@ -131,7 +131,7 @@ def config_of(name: str) -> dict[str, Any]:
         ("modernbert", {"position_embedding_type": "sans_pos"}, ["'sans_pos'"]),
     ],
 )
-def test_unsupported_key_is_rejected_by_name(name: str, change: dict, facts: list) -> None:
+def test_error_names_unsupported_key(name: str, change: dict, facts: list) -> None:
     with pytest.raises(ValueError, match=naming(*facts)):
         Config.from_hf(config_of(name) | change)
 
@@ -164,7 +164,7 @@ MODERNBERT_4_48 = dict(  # answerdotai/ModernBERT-base, with the keys of its fir
 )  # fmt: skip
 
 
-def test_older_spellings_give_the_same_config() -> None:
+def test_config_json_of_older_versions_gives_equal_config() -> None:
     assert Config.from_hf(NOMIC_AI) == Config.from_hf(config_of("nomic"))
     assert Config.from_hf(MODERNBERT_4_48) == Config.from_hf(config_of("modernbert"))
     cfg = Config.from_hf(MODERNBERT_4_48)
@@ -241,7 +241,7 @@ def test_unsupported_dense_layer_is_rejected(tmp_path: Path, change: dict, facts
 
 
 @pytest.mark.parametrize("name", ["gemma3", "roberta"])
-def test_dense_tensor_that_is_missing_or_misshapen_is_named(tmp_path: Path, name: str) -> None:
+def test_error_names_missing_or_misshapen_dense_tensor(tmp_path: Path, name: str) -> None:
     folder = copied(name, tmp_path)
     path = folder / "2_Dense" / "model.safetensors"
     content = load_file(path)
@@ -275,7 +275,7 @@ def test_prompts_and_lower_case_are_read(tmp_path: Path) -> None:
         encoders.read_config(folder)
 
 
-def test_transformer_in_a_folder_of_its_own_is_loaded(tmp_path: Path) -> None:
+def test_transformer_in_subfolder_is_loaded(tmp_path: Path) -> None:
     """Folders of the first versions have the transformer in 0_Transformer."""
     folder = copied("modernbert", tmp_path)
     (folder / "0_Transformer").mkdir()

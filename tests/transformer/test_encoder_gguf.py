@@ -98,7 +98,7 @@ def tensors(name: str, config: dict[str, Any], arch: str) -> dict[str, np.ndarra
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gguf_file_gives_the_vectors_of_the_folder(name: str, tmp_path: Path) -> None:
+def test_gguf_file_matches_golden_vectors(name: str, tmp_path: Path) -> None:
     changes = {}
     if name == "gemma3":
         sizes = {"dense_2_feat": (16, 24), "dense_3_feat": (24, 16)}
@@ -110,7 +110,7 @@ def test_gguf_file_gives_the_vectors_of_the_folder(name: str, tmp_path: Path) ->
     folder_params, folder_cfg = encoders.load(GOLDEN / name)
     golden = np.load(GOLDEN / name / "golden.npz")
     texts = [row[:n].tolist() for row, n in zip(golden["ids"], golden["mask"].sum(1), strict=True)]
-    if name == "xlm-roberta":  # it has three poolings, of which GGUF can store one
+    if name == "xlm-roberta":  # the folder has three poolings, of which GGUF can store one
         params, cfg = encoders.load(path)
         texts = texts[:2]
         with jax.disable_jit():
@@ -131,12 +131,12 @@ def test_unsupported_pooling_is_rejected(kind: int, tmp_path: Path) -> None:
         encoders.read_config(path)
 
 
-def test_decoder_without_pooling_is_no_encoder() -> None:
+def test_is_encoder_of_decoder_without_pooling_is_false() -> None:
     decoders = GOLDEN.parent / "transformer" / "gguf"
     assert not encoders.is_encoder(decoders / "qwen3.gguf")
 
 
-def test_file_that_is_no_gguf_is_rejected(tmp_path: Path) -> None:
+def test_is_encoder_of_file_that_is_no_gguf_raises_value_error(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model")
     with pytest.raises(ValueError, match=naming(path)):

@@ -87,7 +87,7 @@ def test_rotate_matches_reference(impl):
     check_impl("rotate", impl, (normal(2, 5, 3, 16), jnp.cos(angle), jnp.sin(angle)))
 
 
-def test_rotate_of_first_channels_leaves_the_others():
+def test_rotate_first_channels_leaves_other_channels_unchanged():
     x, angle = normal(2, 5, 3, 16), normal(2, 5, 1, 3)
     rotated = kernels.rotate(x, jnp.cos(angle), jnp.sin(angle))
     np.testing.assert_array_equal(rotated[..., 6:], x[..., 6:])
@@ -105,7 +105,7 @@ def test_attend_matches_reference(impl, window, length):
 
 @pytest.mark.parametrize("impl", kernels.IMPLS["attend"])
 def test_attend_with_soft_cap_matches_reference(impl):
-    """In the forward and the backward pass; an implementation without a cap raises."""
+    """Compare forward and backward pass; an implementation without soft cap raises Unavailable."""
     heads = (3 * normal(1, 150, 4, 8), 3 * normal(1, 150, 2, 8), normal(1, 150, 2, 8))
     weights = np.asarray(normal(1, 150, 4, 8))
 
@@ -162,7 +162,7 @@ def test_attend_gradients_match_reference(impl, window):
 
 
 def test_blockwise_attention_uses_less_memory():
-    """Also in the backward pass. Training on long texts depends on it."""
+    """Compare forward and backward pass; training on long texts needs the lower memory use."""
 
     def loss(impl):
         return lambda q: kernels.attend(q, q, q, impl=impl).sum()
@@ -238,7 +238,7 @@ def test_truncate_keeps_expected_tokens(impl, top_k, top_p, min_p, kept_ids):
     )
 
 
-def test_unknown_implementation_raises():
+def test_unknown_implementation_raises_value_error():
     with pytest.raises(ValueError, match=naming("norm", "reference", "sum_by_matmul", "'fused'")):
         kernels.norm(normal(2, 8), normal(8), None, 1e-5, impl="fused")
     with pytest.raises(ValueError, match=naming("norm", "'nowhere.fused'", "'nowhere'")):

@@ -108,7 +108,7 @@ def test_cluster_recovers_groups_with_mean_cosine_cohesion(rng):
     assert float(result.cohesion) == pytest.approx(float(cosines.max(1).mean()), abs=1e-6)
 
 
-def test_cohesion_of_one_and_of_n_clusters(rng):
+def test_cluster_into_one_or_n_clusters_has_expected_cohesion(rng):
     vectors = rng.normal(size=(12, 3))
     one = similarity.cluster(jax.random.key(0), vectors, 1)
     each = similarity.cluster(jax.random.key(0), vectors, 12)
