@@ -9,7 +9,7 @@ import numpy as np
 import training
 
 
-class Line:
+class LinearModel:
     def init(self, key):
         return {"w": jnp.zeros(())}
 
@@ -21,5 +21,5 @@ class Line:
 x = np.arange(1, 9, dtype=np.float32) / 8
 batch = {"x": x, "y": 3 * x}
 config = training.TrainConfig(steps=200, learning_rate=0.1)
-outcome = training.train(Line(), None, lambda step: batch, config, Path(sys.argv[1]))
+outcome = training.train(LinearModel(), None, lambda step: batch, config, Path(sys.argv[1]))
 print(f"w = {float(outcome.state.weights['w']):.2f}")

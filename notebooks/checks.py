@@ -41,7 +41,7 @@ def perplexity(answer: Callable[[list[float]], float]) -> None:
 
 
 def whole_characters(answer: Callable[[list[bytes]], list[str]]) -> None:
-    """Check a solution that maps the bytes of tokens to the text that can be shown after each."""
+    """Check a solution that maps the bytes of tokens to the text to show after each token."""
     emoji, letter = "🙂".encode(), "é".encode()
     for tokens, expected in (
         ([b"a", b" b"], ["a", " b"]),
@@ -55,7 +55,7 @@ def whole_characters(answer: Callable[[list[bytes]], list[str]]) -> None:
 def count_pairs(
     answer: Callable[[dict[tuple[bytes, ...], int]], dict[tuple[bytes, bytes], int]],
 ) -> None:
-    """Check a solution that maps the counts of pieces to the counts of pairs."""
+    """Check a solution that maps the counts of pre-tokens to the counts of adjacent token pairs."""
     for pieces, expected in (
         ({(b"l", b"o", b"w"): 3}, {(b"l", b"o"): 3, (b"o", b"w"): 3}),
         ({(b"a", b"b"): 2, (b"b", b"a", b"b"): 5}, {(b"a", b"b"): 7, (b"b", b"a"): 5}),
@@ -67,7 +67,7 @@ def count_pairs(
 
 
 def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> None:
-    """Check, against Pellucid, a solution that maps a piece and ranks to tokens."""
+    """Compare a solution that maps a pre-token and token ranks to tokens with `bpe.merge`."""
     from bpe.merge import NO_MERGE, merge
 
     tokens = [bytes([byte]) for byte in range(256)]
@@ -83,7 +83,7 @@ def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> Non
 
 
 def broken_tokens(answer: Callable[[list[bytes]], list[int]]) -> None:
-    """Check a solution that maps the bytes of tokens to the positions of invalid UTF-8."""
+    """Check a solution that returns the indices of tokens whose bytes are not whole characters."""
     emoji = "🙂".encode()
     for tokens, expected in (
         ([b"low", b" ", "é".encode()], []),
@@ -169,7 +169,7 @@ def recall(answer: Callable[[list[list[int]], list[int], int], float]) -> None:
 
 
 def loss_mask(answer: Callable[[int, list[tuple[int, int]], list[int]], list[int]]) -> None:
-    """Check a solution that maps the spans of the assistant and their weights to the loss mask."""
+    """Check a solution that maps the token spans of the assistant and weights to the loss mask."""
     for length, spans, weights, expected in (
         (5, [(2, 4)], [1], [0, 0, 1, 1, 0]),
         (6, [(1, 2), (4, 6)], [0, 1], [0, 0, 0, 0, 1, 1]),
@@ -181,7 +181,7 @@ def loss_mask(answer: Callable[[int, list[tuple[int, int]], list[int]], list[int
 
 
 def first_fit(answer: Callable[[list[int], int], list[list[int]]]) -> None:
-    """Check, against Pellucid, a solution that maps lengths and a width to rows."""
+    """Compare a solution that packs example lengths into rows of a width with `first_fit`."""
     from training.packing import first_fit as library_first_fit
 
     rng = random.Random(0)
@@ -193,7 +193,7 @@ def first_fit(answer: Callable[[list[int], int], list[list[int]]]) -> None:
 
 
 def adam(answer: Callable[[list[float], float, float, float], float]) -> None:
-    """Check, against optax, a solution that maps gradients to a weight."""
+    """Compare a solution that maps gradients to the weight after Adam's updates with optax."""
     import jax.numpy as jnp
     import optax
 
