@@ -15,7 +15,8 @@ class LinearModel:
 
     def loss(self, weights, frozen, batch, key):
         errors = (weights["w"] * batch["x"] - batch["y"]) ** 2
-        return errors.sum(), jnp.float32(len(errors)), {}  # loss, weight, other sums
+        # The sum of the losses, the number of examples, and other sums to log.
+        return errors.sum(), jnp.float32(len(errors)), {}
 
 
 x = np.arange(1, 9, dtype=np.float32) / 8

@@ -56,14 +56,14 @@ def count_pairs(
     answer: Callable[[dict[tuple[bytes, ...], int]], dict[tuple[bytes, bytes], int]],
 ) -> None:
     """Check a solution that maps the counts of pre-tokens to the counts of adjacent token pairs."""
-    for pieces, expected in (
+    for pretokens, expected in (
         ({(b"l", b"o", b"w"): 3}, {(b"l", b"o"): 3, (b"o", b"w"): 3}),
         ({(b"a", b"b"): 2, (b"b", b"a", b"b"): 5}, {(b"a", b"b"): 7, (b"b", b"a"): 5}),
         ({(b"a", b"a", b"a"): 1}, {(b"a", b"a"): 2}),
         ({(b"lo", b"w"): 1, (b"x",): 9}, {(b"lo", b"w"): 1}),
     ):
-        got = answer(dict(pieces))
-        assert got == expected, f"for {pieces} expected {expected}, got {got}"
+        got = answer(dict(pretokens))
+        assert got == expected, f"for {pretokens} expected {expected}, got {got}"
 
 
 def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> None:
@@ -74,12 +74,12 @@ def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> Non
     tokens += [b"ow", b"low", b"er", b"aa", b"aaa", b"we", b"rs", b"lo"]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     rng = random.Random(0)
-    pieces = [b"lower", b"aaaaa", b"\xf0\x9f\x99\x82", b"x", b""]
-    pieces += [bytes(rng.choices(b"lowersa", k=rng.randrange(12))) for _ in range(1000)]
-    for piece in pieces:
-        expected = merge(piece, lambda left, right: ranks.get(left + right, NO_MERGE))
-        got = answer(piece, dict(ranks))
-        assert got == expected, f"for {piece} expected {expected}, got {got}"
+    pretokens = [b"lower", b"aaaaa", b"\xf0\x9f\x99\x82", b"x", b""]
+    pretokens += [bytes(rng.choices(b"lowersa", k=rng.randrange(12))) for _ in range(1000)]
+    for pretoken in pretokens:
+        expected = merge(pretoken, lambda left, right: ranks.get(left + right, NO_MERGE))
+        got = answer(pretoken, dict(ranks))
+        assert got == expected, f"for {pretoken} expected {expected}, got {got}"
 
 
 def broken_tokens(answer: Callable[[list[bytes]], list[int]]) -> None:

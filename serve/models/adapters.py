@@ -31,7 +31,7 @@ class AdapterMetadata:
         base: the id of the base model.
         path: the path of the base model's files at training time.
         weights: the SHA-256 of those files, in hex. Loading compares it, because `base` and `path`
-            may refer to other weights by then.
+            can refer to other weights by then.
         created: seconds since 1970.
         job: the id of the fine-tuning job.
         step: the training step.

@@ -234,7 +234,7 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
 def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:
     """Return params with which ids that stand for no token are never sampled.
 
-    A vocabulary may have gaps. The output projection gets a bias of minus infinity for the ids in
+    A vocabulary can have gaps. The output projection gets a bias of minus infinity for the ids in
     a gap, which costs nothing per decoding step. Without gaps, `params` is returned unchanged. The
     sampler masks the rows of the embedding table after the last token.
     """

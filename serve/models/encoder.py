@@ -251,7 +251,7 @@ def float32_bytes(cfg: AnyConfig) -> int:
 def with_max_tokens(cfg: C, max_tokens: int | None) -> C:
     """Return a configuration with another maximum input length; `cfg` itself for None.
 
-    A model may have more positions than its authors recommend (all-MiniLM has 512, the authors
+    A model can have more positions than its authors recommend (all-MiniLM has 512, the authors
     recommend 256). The other positions were trained in pretraining, but not for embeddings.
 
     Raises:

@@ -238,7 +238,8 @@ def pull(
         NotFound: huggingface_hub is not installed, or the hub has no such repository, revision or
             file.
         Forbidden: the repository is gated, or the token is invalid.
-        RateLimited: the hub asks to wait longer than `MAX_WAIT`, or too often.
+        RateLimited: the hub answers 429 and asks to wait longer than `MAX_WAIT`, or answers 429 to
+            `MAX_ATTEMPTS` requests.
         Unreachable: the hub cannot be reached, and the cache does not have the model.
         Corrupt: a file differs from the hash that the hub lists.
         DoesNotFit: the model does not fit into memory, or the files not onto the disk.
