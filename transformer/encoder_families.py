@@ -378,7 +378,7 @@ def fields_from_gguf(
     if pop("attention.head_count_kv", fields["num_heads"]) != fields["num_heads"]:
         raise ValueError(f"{kind}.attention.head_count_kv must equal {kind}.attention.head_count")
     if kind == "bert":
-        # The table may have fewer rows than context_length.
+        # The table can have fewer rows than context_length.
         fields["max_seq_len"] = shapes.get("position_embd.weight", (0,))[0]
     if kind != "modern-bert":
         fields["num_types"] = shapes.get("token_types.weight", (0,))[0]
