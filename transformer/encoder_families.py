@@ -218,7 +218,7 @@ def fields_from_hf(config: Mapping[str, Any]) -> Fields:
 
 
 def head_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the fields of the head of a `ForSequenceClassification`, and its pooling.
+    """Return the fields of `HeadConfig` for a `...ForSequenceClassification`, and its pooling.
 
     Raises:
         ValueError: The head of this model type is not supported, or a key has an invalid value.

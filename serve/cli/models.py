@@ -112,7 +112,7 @@ def _hub_row(record: hub.Record) -> ModelRow:
 
 
 def _adapter_row(adapter: adapters.AdapterMetadata, rows: list[ModelRow]) -> ModelRow:
-    """Return the fields of a fine-tuned model; those not set here are copied from its base."""
+    """Return the fields of a fine-tuned model; fields not set here are those of its base model."""
     unknown: ModelRow = dict.fromkeys(("serves", "parameters", "context", "licence"))
     base = next((row for row in rows if row["id"] == adapter.base), None) or {
         **unknown,

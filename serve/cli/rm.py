@@ -19,7 +19,7 @@ def rm(
     ],
     json: Json = False,
 ) -> None:
-    """Delete pulled models. Running servers stop offering them."""
+    """Delete pulled models. Running servers stop serving them."""
     from serve.models import download
 
     home = settings.data_folder()

@@ -175,7 +175,7 @@ def load(config: Path | None = None) -> Catalogue:
 
 
 class _Table:
-    """A TOML table whose keys are taken one by one, so that a misspelt key is an error."""
+    """A TOML table whose keys are removed when they are read, so that `done` finds unknown keys."""
 
     missing = object()
 

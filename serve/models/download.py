@@ -107,7 +107,7 @@ def files_of_record(record: hub.Record) -> ModelFiles:
 
 
 def find_pulled(model: CatalogueEntry, home: Path) -> ModelFiles | None:
-    """Return the files of a catalogue model and its encoder, or None if they are not pulled.
+    """Return the files of a catalogue model and of its text encoder; None if not pulled.
 
     Raises:
         Corrupt: a file was changed since it was pulled.
@@ -136,7 +136,7 @@ def _checked_id(id: str) -> str:
 
 
 def check_local_model(path: Path) -> Path:
-    """Return `path` with `~` expanded, if it is a model in a format that cannot run code.
+    """Check that `path` is a model in a format that cannot run code; return it with `~` expanded.
 
     Raises:
         NotFound: `path` does not exist.
@@ -160,7 +160,7 @@ def check_local_model(path: Path) -> Path:
         raise WrongUsage(pickle_message(str(path)))
     if kinds.recognize(path):
         return path
-    raise WrongUsage(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+    raise WrongUsage(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
 
 
 def pickle_message(name: str) -> str:

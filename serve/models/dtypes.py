@@ -116,7 +116,8 @@ def fitting_dtypes(
         needed = _gigabytes(weight_bytes(cfg, narrowest) + extra_bytes)
         raise MemoryError(
             f"{id} needs {needed} of memory in {narrowest}, {_gigabytes(extra_bytes)} of it in "
-            f"addition to the weights; {_gigabytes(free)} are available"
+            f"addition to the weights; {_gigabytes(free)} are available: free memory, or choose a "
+            "smaller model"
         )
     return fitting
 
@@ -159,7 +160,7 @@ def choose_dtype(
     accepted_dtypes: Sequence[Dtype] = (),
     memory_limit: int | None = None,
 ) -> Dtype:
-    """Return the fastest accurate dtype of a decoder on this machine, and cache it.
+    """Return the fastest accurate dtype of a decoder on this machine, and cache the choice.
 
     A dtype is accurate if its perplexity on `PROBE_TEXT` is at most `MAX_PERPLEXITY_RATIO` times
     that of the widest dtype that fits.
@@ -242,7 +243,7 @@ def fastest_dtype(
     max_distance: float,
     notify: Callable[[str], None],
 ) -> D:
-    """Return the fastest dtype on this machine with results close to the first's, and cache it.
+    """Return the fastest dtype whose results are close to the first dtype's; cache the choice.
 
     Args:
         id: the id of the model, for messages.

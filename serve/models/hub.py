@@ -501,7 +501,7 @@ def _fetch_blob(
 def _file_metadata(
     repo: str, commit: str | None, file: str, notify: Notify
 ) -> tuple[str, HfFileMetadata]:
-    """Return the URL of a file, and the hub's answer to a request for its headers."""
+    """Return the URL of a file, and its metadata from the response headers of the hub."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(repo, file, revision=commit)
@@ -594,7 +594,7 @@ def _failure(name: str, error: BaseException) -> Failure | None:
             return NotFound(f"{repo} has no revision {parse(name).revision!r}")
         case errors.OfflineModeIsEnabled():
             return Unreachable(
-                f"{name} is not in {cache_folder()}, and HF_HUB_OFFLINE forbids to fetch it"
+                f"{name} is not in {cache_folder()}, and HF_HUB_OFFLINE is set: unset it to pull"
             )
         case errors.HFValidationError():
             return WrongUsage(f"{name!r} is not a name of a model of the hub: {error}")

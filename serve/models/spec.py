@@ -47,32 +47,32 @@ class LoadedModel(Protocol):
 
     @property
     def id(self) -> str:
-        """Return the id it is served under."""
+        """Return the id under which the model is served."""
         ...
 
     @property
     def created(self) -> int:
-        """Return its creation time in seconds since 1970."""
+        """Return the creation time of the model in seconds since 1970."""
         ...
 
     @property
     def owned_by(self) -> str:
-        """Return its publisher."""
+        """Return the publisher of the model."""
         ...
 
     @property
     def context(self) -> int:
-        """Return its maximum number of tokens."""
+        """Return the maximum number of tokens: of prompt and completion, or of an input."""
         ...
 
     @property
     def dtype(self) -> str:
-        """Return the dtype of its weights."""
+        """Return the dtype of the weights."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Return its system fingerprint."""
+        """Return the system fingerprint of the model; see `fingerprint.py`."""
         ...
 
     @property

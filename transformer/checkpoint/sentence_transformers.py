@@ -177,7 +177,7 @@ def read_dense_tensors(folders: tuple[Path, ...]) -> dict[str, LazyTensor]:
 
 
 def read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
-    """Return the maximum length of a text in tokens or None, and whether it is lowercased."""
+    """Return the maximum tokens of a text (None if no file has it), and whether to lowercase."""
     name = next((name for name in _TRANSFORMER_FILES if (folder / name).is_file()), None)
     settings = {} if name is None else safetensors.read_json_object(folder / name)
     path = folder / (name or _TRANSFORMER_FILES[0])
@@ -269,7 +269,7 @@ def _read_dense(path: Path) -> Dense:
 
 
 def _check_names(path: Path) -> None:
-    """Check that a module changes the embedding of the text, and not the vectors of its tokens."""
+    """Check that a module reads and writes the embedding of the text, not the token vectors."""
     value = safetensors.read_json_object(path) if path.is_file() else {}
     for key in ("module_input_name", "module_output_name"):
         if value.get(key) not in (None, "sentence_embedding"):

@@ -110,7 +110,7 @@ async def create_embeddings(request: Request) -> Response:
 
 
 def _encode_inputs(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]]]:
-    """Return the chunks of each input, usually one: token ids with special tokens."""
+    """Return the chunks of each input (usually one chunk): token ids with special tokens."""
     limit = _truncation_length(body, model)
     check_prompt_name(body.prompt_name, model)
     is_single = isinstance(body.input, str) or isinstance(body.input[0], int)
@@ -265,7 +265,7 @@ def check_known(ids: list[int], model: EmbeddingModel | RerankModel, path: str) 
 
 
 def _with_special_tokens(ids: list[int], model: EmbeddingModel, path: str) -> list[int]:
-    """Return token ids of the model with its special tokens, added where they are missing.
+    """Return token ids between the model's special tokens, which are added if they are missing.
 
     Raises:
         APIError: 400 for an id that is not in the model's vocabulary.

@@ -1,4 +1,4 @@
-"""Routes under /pellucid/v1/models: which models are in memory; load, unload and pull them.
+"""Routes under /pellucid/v1/models: list the state of models; load, unload and pull models.
 
 OpenAI has no such routes. The paths and fields are those of llama.cpp's router and of LM Studio
 (`load` and `unload` with ``model``), the events of a pull those of Ollama (``status``,
