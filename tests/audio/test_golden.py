@@ -83,6 +83,7 @@ def test_translate_task_returns_english(clip, whisper):
     assert "Good morning" in transcript.text
 
 
+@pytest.mark.slow  # decodes a window at six temperatures
 def test_decode_with_all_attempts_unlikely_returns_the_likeliest(clip, whisper):
     """Bug: the last attempt was returned, at temperature 1 with average log-probability -2.8."""
     transcript = transcribe(

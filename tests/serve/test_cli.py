@@ -271,6 +271,7 @@ def test_chat_prints_an_answer_and_statistics(model_file: Pulled) -> None:
     assert re.search(r"\[.*\d.*\bstop\]", done.stderr), "stderr shows the statistics"
 
 
+@pytest.mark.slow  # loads the model once more
 def test_chat_with_json_appends_stdin_to_the_question(model_file: Pulled) -> None:
     model_file(SMALL)
     options = ["--temperature", "0", "--max-tokens", "40", "--json"]
@@ -282,6 +283,7 @@ def test_chat_with_json_appends_stdin_to_the_question(model_file: Pulled) -> Non
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
+@pytest.mark.slow  # loads the model twice
 def test_complete_with_a_seed_repeats_and_is_measured(tiny: dict[str, str]) -> None:
     options = ["--max-tokens", "100", "--temperature", "1", "--seed", "1"]  # long enough to time
     first, second = (run("complete", "Once upon a time", *options, **tiny) for _ in range(2))
@@ -381,6 +383,7 @@ def takes_requests(address: str) -> bool:
         return False
 
 
+@pytest.mark.slow  # starts a server
 def test_second_ctrl_c_stops_the_server_at_once(model_file: Pulled) -> None:
     model_file(SMALL)
     with (

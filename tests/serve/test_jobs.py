@@ -327,6 +327,7 @@ def test_job_with_invalid_file_fails_with_code(openai):
         assert last.level == "error" and last.message == job.error.message
 
 
+@pytest.mark.slow  # one more whole job
 def test_job_with_repeated_examples_succeeds_with_warning(openai):
     """Regression: the job failed, although OpenAI's service accepts repeated examples."""
     repeating = upload(openai, tiny.examples(10) + tiny.examples(3))

@@ -94,6 +94,7 @@ def resumed(openai):
     return openai.fine_tuning.jobs.retrieve(MADE["half_done"])
 
 
+@pytest.mark.slow  # trains
 def test_unfinished_job_resumes_from_its_checkpoint(openai, resumed, home):
     out = home / "jobs" / MADE["half_done"] / "out"
     before = (old.HOME / out.relative_to(home) / "metrics.jsonl").read_text().splitlines()
@@ -105,6 +106,7 @@ def test_unfinished_job_resumes_from_its_checkpoint(openai, resumed, home):
     assert resumed.fine_tuned_model in [model.id for model in openai.models.list()]
 
 
+@pytest.mark.slow  # trains
 def test_completed_old_job_removes_only_its_temporary_files(resumed, home):
     removed = {
         "data.jsonl",

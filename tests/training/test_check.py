@@ -118,6 +118,7 @@ def test_file_too_large_is_not_read(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.slow  # writes and checks a large file
 @pytest.mark.heavy
 def test_check_of_many_invalid_lines_uses_bounded_memory(tmp_path):
     """The first hundred problems are listed, and all are counted."""
