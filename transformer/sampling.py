@@ -2,8 +2,8 @@
 
 Each row of a batch has its own parameters and is sampled separately (`jax.lax.map`), with a random
 key derived from its seed, the index of the choice (0 to n - 1) and the number of generated tokens.
-A request therefore gets the same tokens in every batch. The order is: penalties, bias, temperature,
-top-k, top-p, min-p, random draw.
+A request therefore gets the same tokens in every batch. The order is: penalties, bias, token
+bitmask, temperature, top-k, top-p, min-p, random draw.
 
 - top-p ("nucleus sampling") is Holtzman et al. 2019, arXiv:1904.09751; min-p is Nguyen et al. 2024,
   arXiv:2407.01082; the repetition penalty is CTRL, Keskar et al. 2019, arXiv:1909.05858.
@@ -13,8 +13,8 @@ top-k, top-p, min-p, random draw.
   token within top-k or top-p are not removed.
 
 Presence and frequency penalties count generated tokens; the repetition penalty also counts the
-prompt. Reported log-probabilities are those of the model, before penalties, bias, temperature and
-truncation.
+prompt. The token bitmask of a row has a bit for each token that its grammar allows next. Reported
+log-probabilities are those of the model, before all of these.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class SamplingMetadata(struct.PyTreeNode):
     choice: jax.Array | np.ndarray  # int32, index among the n choices of a request
     step: jax.Array | np.ndarray  # int32, number of tokens the row has generated
     slot: jax.Array | np.ndarray  # int32, slot of the row in PenaltyState
+    token_bitmask: jax.Array | np.ndarray | None  # uint32 [B, ceil(V/32)]; None allows all
 
 
 class PenaltyState(struct.PyTreeNode):
@@ -121,6 +122,7 @@ def batch_sampling_params(
     choices: Sequence[int],
     steps: Sequence[int],
     slots: Sequence[int],
+    token_bitmask: np.ndarray | None = None,
 ) -> SamplingMetadata:
     """Collect the sampling parameters of several sequences into NumPy arrays.
 
@@ -129,6 +131,8 @@ def batch_sampling_params(
         choices: Index of each row among the n choices of its request.
         steps: Number of tokens each row has generated.
         slots: Slot of each row in `PenaltyState`.
+        token_bitmask: The tokens that can be sampled, uint32 [B, ceil(V/32)]: token i is bit i % 32
+            of word i // 32. None allows all tokens.
 
     Returns:
         Metadata with leaves [B, ...], on the host.
@@ -151,6 +155,7 @@ def batch_sampling_params(
         choice=np.array(choices, np.int32),
         step=np.array(steps, np.int32),
         slot=np.array(slots, np.int32),
+        token_bitmask=token_bitmask,
     )
 
 
@@ -212,6 +217,8 @@ def sample(
         adjusted = jax.lax.cond(
             params.is_adjusted, _apply_penalties, lambda x, *_: x, logits, penalty_state, params
         )
+        if params.token_bitmask is not None:
+            adjusted = _apply_bitmask(adjusted, jnp.asarray(params.token_bitmask))
         token = jax.lax.cond(
             params.temperature > 0,
             _sample_token,
@@ -263,6 +270,17 @@ def _apply_penalties(
     logits = jnp.where(occurs, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
     return logits + penalty_state.bias[params.slot]
+
+
+def _apply_bitmask(logits: jax.Array, token_bitmask: jax.Array) -> jax.Array:
+    """Set logits [V] of tokens outside the bitmask, uint32 [ceil(V/32)], to minus infinity."""
+
+    def mask() -> jax.Array:
+        bits = (token_bitmask[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1  # [ceil(V/32), 32]
+        return jnp.where(bits.reshape(-1)[: len(logits)] == 1, logits, -jnp.inf)
+
+    is_unlimited = jnp.all(token_bitmask == jnp.uint32(0xFFFFFFFF))
+    return jax.lax.cond(is_unlimited, lambda: logits, mask)
 
 
 def _sample_token(logits: jax.Array, params: Any) -> jax.Array:

@@ -295,3 +295,37 @@ def test_params_out_of_range_are_rejected_with_value(name, value):
     invalid = value[3] if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=naming(name, invalid)):
         SamplingParams(**{name: value})
+
+
+def test_token_bitmask_limits_its_row_and_no_other():
+    logits = random_logits(3, 70)
+    is_allowed = np.ones((3, 96), bool)
+    is_allowed[1] = np.isin(np.arange(96), [3, 31, 32, 69])
+    is_allowed[2] = np.arange(96) == 64
+    bitmask = np.packbits(is_allowed, axis=1, bitorder="little").view(np.uint32)
+    rows = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.0), SamplingParams()]
+    metadata = sampling.batch_sampling_params(rows, [0] * 3, [0] * 3, [0] * 3, bitmask)
+    output, _ = sample(logits, sampling.init_penalty_state(1, 70), metadata, num_ids=70)
+    limited = np.where(is_allowed[:, :70], logits, -np.inf)
+    assert output.ids.tolist() == [*limited[:2].argmax(1), 64]
+    unlimited, _ = sample_rows(logits, rows)
+    assert np.array_equal(output.top_logprobs, unlimited.top_logprobs), (
+        "reported before the bitmask"
+    )
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_token_bitmask_applies_before_truncation(cut):
+    logits = random_logits(40)
+    allowed = [1, 5, 8, 13, 21, 34]
+    bits = np.packbits(np.isin(np.arange(64), allowed), bitorder="little").view(np.uint32)
+    rows = [SamplingParams(seed=seed, **cut) for seed in range(4000)]
+    zeros = [0] * len(rows)
+    metadata = sampling.batch_sampling_params(
+        rows, zeros, zeros, zeros, np.tile(bits, (len(rows), 1))
+    )
+    state = sampling.init_penalty_state(1, 40)
+    ids = sample(np.tile(logits, (len(rows), 1)), state, metadata, num_ids=40)[0].ids
+    counts = np.bincount(np.asarray(ids), minlength=40)
+    assert np.allclose(counts[allowed] / len(rows), reference(logits[allowed], **cut), atol=0.03)
+    assert counts[allowed].sum() == len(rows)

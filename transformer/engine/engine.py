@@ -27,6 +27,7 @@ from transformer.engine.requests import (
     Done,
     Event,
     Failed,
+    GrammarError,
     PrefillDone,
     PromptLogprobs,
     SequenceRequest,
@@ -336,6 +337,9 @@ class Engine(WorkSource):
 
     def _compute(self, step: Prefill | Decode) -> None:
         sequences = [step.sequence] if isinstance(step, Prefill) else list(step.sequences)
+        sequences = [s for s in sequences if self._update_bitmask(s)]
+        if not sequences:
+            return
         try:
             if isinstance(step, Prefill):
                 output = self._runner.prefill(step.sequence, step.block_copy)
@@ -366,6 +370,23 @@ class Engine(WorkSource):
             speeds, self._pending_speeds = self._pending_speeds, []
         for speed in speeds:  # outside the lock, because the callback can be slow
             self._on_speed(*speed)
+
+    def _update_bitmask(self, sequence: Sequence) -> bool:
+        """Compute which tokens the grammar allows next; return false if the sequence ended.
+
+        Each sequence has its own state, so one that fails does not affect the rest of the batch.
+        """
+        if sequence.request.grammar is None:
+            return True
+        try:
+            if sequence.matcher is None:  # new, or preempted and recomputed
+                sequence.matcher = sequence.request.grammar.matcher()
+            sequence.token_bitmask = sequence.matcher.token_bitmask()
+        except GrammarError as error:
+            with self._condition:
+                self._finish(sequence, Failed(str(error), is_grammar_error=True))
+            return False
+        return True
 
     def _report_prefill(self, sequence: Sequence) -> None:
         """Deliver the log-probabilities of a prompt chunk, and PrefillDone after the last chunk."""
@@ -411,6 +432,15 @@ class Engine(WorkSource):
             sequence.num_delivered += 1
             sequence.deliver(_token(token, output, i, request.top_logprobs))
             self._counts["generated_tokens"] += 1
+        if sequence.matcher is not None:
+            try:
+                sequence.matcher.accept(token)
+            except GrammarError as error:
+                self._finish(sequence, Failed(str(error), is_grammar_error=True))
+                return
+            if sequence.matcher.is_finished:
+                self._finish(sequence, Done("stop"))
+                return
         if sequence.num_generated == request.max_tokens:
             self._finish(sequence, Done("length"))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 from transformer.sampling import SamplingParams
 
@@ -20,6 +22,43 @@ class Busy(Exception):
     def __init__(self, retry_after: float = 1.0, num_waiting: int | None = None) -> None:
         super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
         self.retry_after, self.num_waiting = retry_after, num_waiting
+
+
+class GrammarError(Exception):
+    """Raised when a grammar cannot be continued, for example because it exceeds a limit."""
+
+
+class GrammarMatcher(Protocol):
+    """The state of a grammar after the tokens generated so far."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no token can follow: the sequence is complete."""
+        ...
+
+    def token_bitmask(self) -> np.ndarray:
+        """Return which tokens can come next, uint32 [ceil(n/32)]; see `sampling.SamplingMetadata`.
+
+        Raises:
+            GrammarError: the grammar exceeds a limit.
+        """
+        ...
+
+    def accept(self, token: int) -> None:
+        """Advance by a token that `token_bitmask` allowed.
+
+        Raises:
+            GrammarError: the token is not allowed, or the grammar exceeds a limit.
+        """
+        ...
+
+
+class Grammar(Protocol):
+    """A compiled grammar, which limits the tokens of any number of sequences."""
+
+    def matcher(self) -> GrammarMatcher:
+        """Return the state before the first token."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +84,8 @@ class SequenceRequest:
         use_prefix_cache: whether to use cached blocks of prompts with the same beginning, and to
             cache the blocks of this prompt. It affects the time to the first token, never the
             tokens. A request with `prompt_logprobs` does not use the prefix cache.
+        grammar: limits the generated tokens; None for no limit. The sequence ends with "stop" when
+            the grammar is complete.
     """
 
     prompt: tuple[int, ...]
@@ -58,6 +99,7 @@ class SequenceRequest:
     is_accepted: bool = False
     deadline: float | None = None
     use_prefix_cache: bool = True
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -104,9 +146,13 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The event that a sequence ended because of an error."""
+    """The event that a sequence ended because of an error.
+
+    `is_grammar_error` is set if the cause is the grammar of the request.
+    """
 
     message: str
+    is_grammar_error: bool = False
 
 
 @dataclass(frozen=True)

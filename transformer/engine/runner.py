@@ -262,11 +262,19 @@ class Runner:
     def _sampling_inputs(
         self, sequences: list[Sequence], pad: int = 0
     ) -> sampling.SamplingMetadata:
+        token_bitmask = np.full(
+            (len(sequences) + pad, -(-self.cfg.vocab_size // 32)), 0xFFFFFFFF, np.uint32
+        )
+        for row, sequence in zip(token_bitmask, sequences, strict=False):
+            if sequence.token_bitmask is not None:
+                row[:] = 0
+                row[: len(sequence.token_bitmask)] = sequence.token_bitmask
         return sampling.batch_sampling_params(
             [s.request.sampling_params for s in sequences] + [_GREEDY] * pad,
             [s.request.index for s in sequences] + [0] * pad,
             [s.num_generated for s in sequences] + [0] * pad,
             [s.slot for s in sequences] + [NUM_SLOTS] * pad,
+            token_bitmask,
         )
 
 

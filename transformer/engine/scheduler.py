@@ -26,8 +26,10 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from transformer.engine.block_pool import BlockPool, hash_chunks
-from transformer.engine.requests import Busy, Event, SequenceRequest
+from transformer.engine.requests import Busy, Event, GrammarMatcher, SequenceRequest
 from transformer.sampling import SampleOutput
 
 
@@ -53,6 +55,9 @@ class Sequence:
         preempted_ids: the tokens generated before the sequence was preempted.
         is_prefill_reported: whether `PrefillDone` was delivered.
         prefill_end: the time of delivering `PrefillDone`, in seconds of the engine's clock.
+        matcher: the state of the request's grammar after `ids`; None before the prefill, and
+            without a grammar.
+        token_bitmask: the tokens that the grammar allows next, uint32 [ceil(n/32)]; None for all.
         was_alone: whether no other sequence has run at the same time.
         is_cancelled: set by any thread; the engine ends the sequence before its next work item.
     """
@@ -74,6 +79,8 @@ class Sequence:
     preempted_ids: list[int] = field(default_factory=list)
     is_prefill_reported: bool = False
     prefill_end: float = 0.0
+    matcher: GrammarMatcher | None = None
+    token_bitmask: np.ndarray | None = None
     was_alone: bool = True
     is_cancelled: bool = False
 
@@ -212,6 +219,7 @@ class Scheduler:
         generated = sequence.ids[len(sequence.request.prompt) :]
         sequence.preempted_ids = max(generated, sequence.preempted_ids, key=len)
         sequence.ids, sequence.num_computed_tokens = list(sequence.request.prompt), 0
+        sequence.matcher = None
         sequence.num_registered_chunks = sequence.num_cached_tokens = 0
         # First in its round, because the others came later, or are younger and were preempted.
         bisect.insort_left(self.waiting, sequence, key=lambda other: other.admission_round)

@@ -22,6 +22,7 @@ from transformer.engine import (
     Done,
     Engine,
     Failed,
+    GrammarError,
     PrefillDone,
     SequenceRequest,
     Token,
@@ -633,3 +634,79 @@ def test_failure_that_loses_cache_recomputes_other_sequences(setup):
     events = first + list(healthy)
     assert tokens(events) == expected((3, 4), 60)
     assert events[-1] == Done("length")
+
+
+class FakeGrammar:
+    """A grammar that checks the order of calls: one bitmask, then the sampled token.
+
+    Args:
+        length: the number of tokens of a complete text.
+        failing_step: the step whose bitmask raises GrammarError.
+    """
+
+    def __init__(self, length, failing_step=None):
+        self.length, self.failing_step = length, failing_step
+        self.accepted = []  # the tokens of each matcher
+
+    def matcher(self):
+        self.accepted.append([])
+        return FakeMatcher(self, self.accepted[-1])
+
+
+class FakeMatcher:
+    def __init__(self, grammar, tokens):
+        self.grammar, self.tokens = grammar, tokens
+        self.is_bitmask_read = False
+
+    @property
+    def is_finished(self):
+        return len(self.tokens) == self.grammar.length
+
+    def token_bitmask(self):
+        if len(self.tokens) == self.grammar.failing_step:
+            raise GrammarError("too complex")
+        self.is_bitmask_read = True
+        return np.full(32, 0xFFFFFFFF, np.uint32)
+
+    def accept(self, token):
+        assert self.is_bitmask_read, "a token was sampled without the bitmask of its step"
+        self.is_bitmask_read = False
+        self.tokens.append(token)
+
+
+def test_grammar_complete_ends_sequence_with_stop(setup):
+    grammar = FakeGrammar(length=3)
+    events = list(setup.engine.generate(make_request(1, 2, max_tokens=9, grammar=grammar)))
+    assert tokens(events) == grammar.accepted[0] == expected((1, 2), 3)
+    assert events[-1] == Done("stop")
+    assert setup.is_free()
+
+
+@pytest.mark.parametrize("failing_step", [0, 2])
+def test_grammar_failure_ends_only_its_own_sequence(setup, failing_step):
+    grammar = FakeGrammar(length=9, failing_step=failing_step)
+
+    async def main():
+        requests = [make_request(1, grammar=grammar), make_request(2), make_request(3)]
+        return await asyncio.gather(*(collect(setup.engine, request) for request in requests))
+
+    failed, *others = asyncio.run(main())
+    assert failed[-1] == Failed("too complex", is_grammar_error=True)
+    assert tokens(failed) == expected((1,), failing_step)
+    assert [tokens(events) for events in others] == [expected((2,), 5), expected((3,), 5)]
+    assert setup.is_free()
+
+
+def test_grammar_of_preempted_sequence_starts_again():
+    setup = EngineFixture(slots=4, blocks=8)
+    grammars = [FakeGrammar(length=40) for _ in range(6)]
+
+    async def main():
+        requests = [make_request(i, max_tokens=50, grammar=g) for i, g in enumerate(grammars)]
+        return await asyncio.gather(*(collect(setup.engine, request) for request in requests))
+
+    for i, events in enumerate(asyncio.run(main())):
+        assert tokens(events) == grammars[i].accepted[-1] == expected((i,), 40)
+    assert max(len(grammar.accepted) for grammar in grammars) > 1, "no sequence was preempted"
+    assert setup.is_free()
+    setup.close()
