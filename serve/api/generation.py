@@ -26,6 +26,7 @@ from serve.api.detokenize import (
 from serve.api.errors import APIError, server_error
 from serve.api.request_context import RequestContext
 from serve.api.requests import GenerationBody
+from serve.api.structured_output import compile_output_grammar, grammar_error
 from serve.api.token_ids import native_bias
 from serve.models import generation_config
 from serve.models.decoder import DecoderModel
@@ -113,7 +114,8 @@ class Generation:
             `generation_config.resolve_params`.
 
     Raises:
-        APIError: 400 for a logit_bias that does not fit the vocabulary, or too many choices.
+        APIError: 400 for a logit_bias that does not fit the vocabulary, too many choices, or an
+            output format that is not supported.
     """
 
     def __init__(
@@ -135,6 +137,8 @@ class Generation:
                 code="invalid_value",
             )
         params = sampling_params(body, model, is_likelihood_scored=is_likelihood_scored)
+        output_grammar = compile_output_grammar(body, model)
+        self.format_param, grammar = output_grammar or (None, None)
         timeout = request_context.timeout
         deadline = None if timeout is None else time.monotonic() + timeout
         self.model, self.stop_strings = model, body.stop_strings
@@ -154,6 +158,7 @@ class Generation:
                 client=request_context.client,
                 is_accepted=index > 0,
                 deadline=deadline,
+                grammar=grammar,
             )
             for index, prompt in enumerate(self.prompts)
         ]
@@ -245,6 +250,8 @@ class Generation:
     def _failure(self, event: Event) -> APIError:
         """Return the error for an event that ends a choice without a result."""
         match event:
+            case Failed(message=message, is_grammar_error=True) if self.format_param is not None:
+                return grammar_error(self.format_param, message)
             case Failed(message=message):
                 log.error("%s: generation failed: %s", self.model.id, message)
                 return server_error(message)

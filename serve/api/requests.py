@@ -124,6 +124,36 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class JSONSchemaFormat(Body):
+    """A named JSON schema of `response_format`.
+
+    `strict` changes nothing: every schema limits the output.
+    """
+
+    name: str = ""
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The requested format of the output: text, a JSON object, or JSON with a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+
+class StructuredOutputs(Body):
+    """The fields of vLLM's `structured_outputs`; at most one of them limits the output."""
+
+    json_schema: Annotated[Any, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    structural_tag: Any = None
+
+
 class GenerationBody(Body):
     """The fields that completions, chat and edits share.
 
@@ -144,6 +174,25 @@ class GenerationBody(Body):
     stop: Stop = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    # The format of the output; see `structured_output.py`.
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    structured_outputs: StructuredOutputs = StructuredOutputs()
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: Any = None
+
+    @property
+    def guided(self) -> StructuredOutputs:
+        """The `guided_*` fields, the older names of `structured_outputs`."""
+        return StructuredOutputs.model_construct(
+            json_schema=self.guided_json,
+            regex=self.guided_regex,
+            choice=self.guided_choice,
+            grammar=self.guided_grammar,
+        )
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -192,12 +241,6 @@ class Message(Body):
     function_call: Any = None
 
 
-class ResponseFormat(Body):
-    """The requested format of the answer: text or JSON."""
-
-    type: Literal["text", "json_object", "json_schema"]
-
-
 class ChatBody(GenerationBody):
     """Body of POST /v1/chat/completions."""
 
@@ -206,7 +249,6 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat = ResponseFormat(type="text")
     modalities: Annotated[list[Literal["text", "audio"]], Field(max_length=2)] = []
     audio: Any = None
     tools: list[Any] = []

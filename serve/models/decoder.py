@@ -16,6 +16,7 @@ import numpy as np
 import bpe
 from serve.models import benchmarks, dtypes, fingerprint, generation_config
 from serve.models.compilation_cache import enable_compilation_cache
+from serve.models.grammar import GrammarCompiler
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import checkpoint, lora
 from transformer.checkpoint import Dtype
@@ -66,6 +67,11 @@ class DecoderModel:
     def known_ids(self) -> frozenset[int]:
         """Return the ids of the vocabulary, which may have gaps."""
         return known_ids(self.tokenizer.encoding)
+
+    @functools.cached_property
+    def grammar_compiler(self) -> GrammarCompiler:
+        """Return the compiler of grammars for the vocabulary; built at the first use."""
+        return GrammarCompiler(self.tokenizer)
 
     @property
     def is_idle(self) -> bool:

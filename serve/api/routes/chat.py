@@ -3,7 +3,7 @@
 The model's chat template turns the messages into a prompt. Special tokens spelled out in a message
 are encoded as plain text. Without `max_tokens` the answer may fill the rest of the context.
 
-Not supported yet: tools and functions, JSON formats. The models take no images or audio.
+Not supported yet: tools and functions. The models take no images or audio.
 """
 
 import asyncio
@@ -224,10 +224,6 @@ def _refuse_unsupported(body: ChatBody) -> None:
             "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.",
             param="top_logprobs",
             code="invalid_value",
-        )
-    if body.response_format.type != "text":
-        raise unsupported(
-            "response_format.type", body.response_format.type, "Only 'text' is supported."
         )
     if "audio" in body.modalities:
         raise unsupported("modalities", "audio", "Only 'text' is supported.")

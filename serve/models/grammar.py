@@ -1,0 +1,188 @@
+"""Grammars that limit generated tokens: JSON schemas, regular expressions, context-free grammars.
+
+A grammar is compiled by llguidance (https://github.com/guidance-ai/llguidance), an Earley parser
+over derivatives of regular expressions that walks a trie of the vocabulary. Before each decoding
+step it gives one bit per token: whether the text so far, with this token, can still become a text
+of the grammar.
+
+JSON is written as Python's `json.dumps` writes it: one space after a comma and a colon, no other
+whitespace. Small models would otherwise fill an answer with line breaks.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import llguidance
+import numpy as np
+
+import bpe
+from transformer.engine import GrammarError
+
+GrammarFormat = Literal["json_schema", "regex", "grammar"]
+MAX_CACHED_GRAMMARS = 64  # compiled grammars kept per model
+MAX_GRAMMAR_BYTES = 2**18  # of a schema, a regular expression or a grammar
+# Error messages without the state of the parser, which contains the whole grammar.
+_LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+
+
+@dataclass(frozen=True)
+class GrammarSource:
+    """The text of a grammar.
+
+    Attributes:
+        format: "json_schema"; "regex", in the syntax of Rust's regex crate; or "grammar", in GBNF
+            or in llguidance's variant of Lark.
+        text: the grammar.
+    """
+
+    format: GrammarFormat
+    text: str
+
+    @classmethod
+    def from_schema(cls, schema: Mapping[str, Any]) -> GrammarSource:
+        """Return the source of a JSON schema."""
+        return cls("json_schema", json.dumps(schema))
+
+    @classmethod
+    def from_choices(cls, choices: list[str]) -> GrammarSource:
+        """Return the source of a grammar that allows exactly the given strings."""
+        alternatives = " | ".join(json.dumps(choice) for choice in choices)
+        return cls("grammar", f"start: {alternatives}")
+
+
+class Matcher:
+    """The state of a grammar in one sequence; a `transformer.engine.GrammarMatcher`."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no token can follow."""
+        return self._matcher.is_stopped()
+
+    def token_bitmask(self) -> np.ndarray:
+        """Return which tokens can come next, uint32 [ceil(n/32)].
+
+        Raises:
+            GrammarError: the grammar exceeds a limit.
+        """
+        bits = self._matcher.compute_bitmask()
+        self._check()
+        return np.frombuffer(bits, np.uint32)
+
+    def accept(self, token: int) -> None:
+        """Advance by a token.
+
+        Raises:
+            GrammarError: the token is not allowed, or the grammar exceeds a limit.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(self._matcher.get_error().partition("\n")[0])
+
+
+class CompiledGrammar:
+    """A compiled grammar; a `transformer.engine.Grammar`."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def matcher(self) -> Matcher:
+        """Return the state before the first token."""
+        return Matcher(self._matcher.deep_copy())
+
+
+class GrammarCompiler:
+    """Compiles grammars for the vocabulary of one tokenizer, and caches them.
+
+    Building the trie of a vocabulary takes about a second, compiling a grammar about a millisecond.
+    Any thread can call it.
+
+    Args:
+        tokenizer: the tokenizer of the model. Its stop tokens end a text of the grammar.
+    """
+
+    def __init__(self, tokenizer: bpe.Tokenizer) -> None:
+        encoding = tokenizer.encoding
+        self._tokenizer = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_Vocabulary(tokenizer)),
+            n_vocab=encoding.n_vocab,
+            eos_token=sorted(tokenizer.stop_ids) or None,
+            slices=llguidance.LLTokenizer.json_slices(),
+        )
+        self._compiled: OrderedDict[GrammarSource, CompiledGrammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, source: GrammarSource) -> CompiledGrammar:
+        """Return a compiled grammar.
+
+        Raises:
+            GrammarError: the grammar has an error, uses a keyword that is not supported, allows no
+                text at all, or is too large.
+        """
+        with self._lock:
+            if source in self._compiled:
+                self._compiled.move_to_end(source)
+                return self._compiled[source]
+        compiled = self._compile(source)
+        with self._lock:
+            self._compiled[source] = compiled
+            if len(self._compiled) > MAX_CACHED_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return compiled
+
+    def _compile(self, source: GrammarSource) -> CompiledGrammar:
+        if (size := len(source.text.encode())) > MAX_GRAMMAR_BYTES:
+            raise GrammarError(f"the grammar has {size} bytes, more than {MAX_GRAMMAR_BYTES}")
+        try:
+            if source.format == "json_schema":
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                    source.text,
+                    overrides={
+                        "item_separator": ", ",
+                        "key_separator": ": ",
+                        "whitespace_flexible": False,
+                        "lenient": False,  # refuse keywords that are not implemented
+                        "coerce_one_of": False,  # refuse a oneOf whose branches overlap
+                    },
+                )
+            else:
+                grammar = llguidance.grammar_from(source.format, source.text)
+        except ValueError as error:  # no JSON object, nested too deep, or invalid GBNF
+            raise GrammarError(str(error)) from None
+        compiled = CompiledGrammar(
+            llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        )
+        if not compiled.matcher().token_bitmask().any():
+            raise GrammarError("the grammar allows no text")
+        return compiled
+
+
+class _Vocabulary:
+    """The vocabulary in the form that `llguidance.TokenizerWrapper` reads."""
+
+    def __init__(self, tokenizer: bpe.Tokenizer) -> None:
+        encoding = self._encoding = tokenizer.encoding
+        known = frozenset(encoding.token_ids)
+        self.bos_token_id = None
+        self.eos_token_id = min(tokenizer.stop_ids, default=0)
+        self.special_token_ids = [
+            encoding.encode_single_token(token) for token in sorted(encoding.special_tokens_set)
+        ]
+        self.tokens = [
+            encoding.decode_single_token_bytes(id) if id in known else b""
+            for id in range(encoding.n_vocab)
+        ]
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)

@@ -1,0 +1,173 @@
+"""Structured output of a tiny random model over HTTP: every finished text has its format."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import jsonschema
+import numpy as np
+import openai
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel
+
+from serve.models.grammar import GrammarCompiler, GrammarSource
+from tests.serve import scripted, tiny
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "size": {"enum": ["small", "large"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
+    },
+    "required": ["size", "count", "tags"],
+}
+MESSAGES = [{"role": "user", "content": "How many?"}]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("structured")
+    with (
+        tiny.serving(folder / "home", tiny.model(folder / "model")) as address,
+        OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client,
+    ):
+        yield client
+
+
+def chat(client, **fields):
+    return client.chat.completions.create(model="tiny", messages=MESSAGES, **fields)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_json_schema_random_model_answers_valid_document(client, seed):
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    choice = chat(client, response_format=response_format, seed=seed, max_tokens=200).choices[0]
+    assert choice.finish_reason == "stop"
+    document = json.loads(choice.message.content)
+    jsonschema.validate(document, SCHEMA)
+    assert document.keys() == SCHEMA["properties"].keys()
+    assert choice.message.content == json.dumps(document, ensure_ascii=False)
+
+
+def test_parse_pydantic_model_returns_instance(client):
+    class Answer(BaseModel):
+        is_true: bool
+        rating: int
+
+    completion = client.chat.completions.parse(
+        model="tiny", messages=MESSAGES, response_format=Answer, seed=1, max_tokens=200
+    )
+    assert isinstance(completion.choices[0].message.parsed, Answer)
+
+
+def test_json_object_cut_at_max_tokens_is_reported_as_length(client):
+    response_format = {"type": "json_object"}
+    choice = chat(client, response_format=response_format, seed=0, max_tokens=1).choices[0]
+    assert choice.finish_reason == "length"
+    assert choice.message.content == "{"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, {"yes", "no"}),
+        ({"guided_choice": ["ä", "ö"]}, {"ä", "ö"}),
+        ({"structured_outputs": {"regex": "[ab]{2}"}}, {"aa", "ab", "ba", "bb"}),
+        ({"guided_regex": "x|y"}, {"x", "y"}),
+        ({"structured_outputs": {"json": {"enum": [1, None]}}}, {"1", "null"}),
+        ({"guided_json": '{"const": [1, 2]}'}, {"[1, 2]"}),
+        ({"json_schema": {"type": "boolean"}}, {"true", "false"}),
+        ({"grammar": 'root ::= "a" | "b" "c"'}, {"a", "bc"}),
+        ({"guided_grammar": 'start: "a" | "b" "c"'}, {"a", "bc"}),
+    ],
+)
+def test_formats_of_other_servers_limit_text_of_every_route(client, fields, expected):
+    texts = {choice.message.content for choice in chat(client, n=4, extra_body=fields).choices}
+    completion = client.completions.create(
+        model="tiny", prompt="a", n=2, max_tokens=20, extra_body=fields
+    )
+    edit = client.post(
+        "/edits", body={"model": "tiny", "input": "a", "instruction": "b"} | fields, cast_to=object
+    )
+    texts |= {choice.text for choice in completion.choices} | {edit["choices"][0]["text"]}
+    assert texts <= expected
+
+
+def test_stream_equals_answer_in_one_piece(client):
+    fields = {"response_format": {"type": "json_object"}, "seed": 5, "max_tokens": 40}
+    text = chat(client, **fields).choices[0].message.content
+    chunks = chat(client, stream=True, **fields)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+
+
+def test_rows_with_and_without_schema_in_one_batch_equal_rows_alone(client):
+    """Eight choices share decoding steps; four of them have a grammar."""
+    fields = {"seed": 3, "max_tokens": 24, "n": 4}
+    limited = fields | {"response_format": {"type": "json_object"}}
+    alone = [chat(client, **limited), chat(client, **fields)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda fields: chat(client, **fields), [limited, fields]))
+    texts = [
+        [[choice.message.content for choice in one.choices] for one in pair]
+        for pair in (alone, together)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"guided_json": {"not": {}}}, "guided_json"),
+        ({"guided_json": {"properties": {"a": {"dependencies": {}}}}}, "guided_json"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": [1]}, "guided_json"),
+        ({"guided_json": {"enum": []}}, "guided_json"),
+        ({"guided_json": {"type": "integer", "minimum": 2, "maximum": 1}}, "guided_json"),
+        ({"guided_json": {"$ref": "https://example.com/schema"}}, "guided_json"),
+        ({"guided_json": {"enum": ["x" * 2**19]}}, "guided_json"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"grammar": "root ::= ("}, "grammar"),
+        ({"structured_outputs": {"structural_tag": {"a": 1}}}, "structured_outputs.structural_tag"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+    ],
+)
+def test_format_that_cannot_be_used_returns_400_naming_field(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(client, extra_body=fields, max_tokens=5)
+    assert error.value.param == param
+    assert chat(client, max_tokens=1).choices  # the server goes on
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^(a{1,1000}){1,1000}$"},
+        {"type": "string", "pattern": "^(a|b)*a(a|b){500}$"},
+        {"type": "array", "maxItems": 10**9, "items": {"type": "string", "maxLength": 10**9}},
+        {"$defs": {"n": {"properties": {"n": {"$ref": "#/$defs/n"}}, "required": ["n"]}},
+         "$ref": "#/$defs/n"},
+        {"properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
+    ],
+    ids=["nested counts", "exponential", "huge bounds", "recursion", "many properties"],
+)  # fmt: skip
+def test_expensive_schema_is_answered_or_refused(client, schema):
+    try:
+        choice = chat(client, extra_body={"guided_json": schema}, max_tokens=30).choices[0]
+    except openai.BadRequestError as error:
+        assert error.code == "invalid_grammar"
+    else:
+        assert choice.finish_reason in ("stop", "length")
+
+
+def test_bitmask_allows_exactly_the_bytes_that_continue_the_grammar():
+    matcher = GrammarCompiler(scripted.tokenizer(None)).compile(GrammarSource("regex", "ab|a?c"))
+    state = matcher.matcher()
+    steps = []
+    for byte in b"ab":
+        bits = np.unpackbits(state.token_bitmask().view(np.uint8), bitorder="little")
+        steps.append(bytes(np.flatnonzero(bits[:256]).astype(np.uint8)))
+        state.accept(byte)
+    assert steps == [b"ac", b"bc"]
+    assert state.is_finished
