@@ -176,7 +176,6 @@ AUDIO = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}
         ("tools", {"tools": [TOOL]}),
         ("functions", {"functions": [{"name": "f"}]}),
         ("tool_choice", {"tool_choice": "required"}),
-        ("response_format.type", {"response_format": {"type": "json_object"}}),
         ("modalities", {"modalities": ["text", "audio"]}),
         ("audio", {"audio": {"voice": "x", "format": "wav"}}),
         ("messages[0].role", {"messages": [{"role": "tool", "content": "1", "tool_call_id": "c"}]}),
