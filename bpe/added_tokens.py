@@ -50,7 +50,7 @@ class AddedToken:
 
 
 class TokenSplitter:
-    """Splits texts at a set of added tokens."""
+    """A splitter of texts at a set of added tokens."""
 
     def __init__(self, tokens: Collection[AddedToken]):
         """Compile the search for `tokens`, each of which must have a different `content`."""

@@ -30,7 +30,7 @@ _MULTI = (
 
 
 class Charsmap:
-    """The replacements of a precompiled charsmap: key to replacement, both texts."""
+    """A precompiled charsmap of SentencePiece: short texts (keys) and their replacements."""
 
     def __init__(self, data: bytes):
         """Parse a charsmap.

@@ -34,7 +34,7 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """A model's chat template.
+    """A model's chat template: converts messages to text, ids, and spans of assistant messages.
 
     Attributes:
         source: the Jinja source.
@@ -336,10 +336,10 @@ def _map_strings(function: Callable[[str], str], value: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _special_text_pattern(specials: frozenset[str]) -> re.Pattern[str]:
-    """Return a zero-width pattern: it matches before a special token that a string contains.
+    """Return a zero-width pattern that matches before every special token in a string.
 
-    It also matches before a part of a special token at the beginning or end of the string, which
-    text before or after the string might complete.
+    The pattern also matches before a part of a special token at the beginning or end of the string,
+    because adjacent text might complete the token.
     """
     splits = [(token, n) for token in specials for n in range(1, len(token))]
     prefixes = _any_of({token[:n] for token, n in splits}) or "(?!)"

@@ -395,7 +395,7 @@ class Encoding(Vocab):
         return SplitPoints(self)
 
     def normalize(self, text: str) -> str:
-        """Return the normalized form of a text without added tokens, which is split and merged."""
+        """Normalize a text without added tokens, before it is split and merged."""
         if self.normalization and not text.isascii():
             return unicodedata.normalize(self.normalization, text)
         return text

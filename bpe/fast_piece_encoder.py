@@ -46,7 +46,7 @@ class PieceModel(Protocol):
 
 
 class FastPieceEncoder(FastEncoder):
-    """An encoder for long texts with one vocabulary of characters."""
+    """A `FastEncoder` for a vocabulary of characters (SentencePiece) instead of bytes."""
 
     def __init__(
         self,

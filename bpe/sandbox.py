@@ -236,7 +236,10 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 def _metered_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a filter or test to spend its result; an iterator is evaluated first."""
+    """Wrap a Jinja filter or test so that its result counts against the budget, see `spend`.
+
+    A result that is an iterator is evaluated to a list first.
+    """
 
     @functools.wraps(function)  # also copies Jinja's marker for the first argument
     def metered_function(*args: Any, **kwargs: Any) -> Any:
@@ -247,7 +250,7 @@ def _metered_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Metering(NodeTransformer):
-    """A rewriter of syntax trees that passes every costly expression through `Sandbox.spend`.
+    """A rewriter of syntax trees that makes every costly expression count against the budget.
 
     Calls, arithmetic, filters, tests and lookups need no rewriting, because Jinja evaluates them
     through the environment.
@@ -292,7 +295,7 @@ def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
 
 
 class GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}`, which marks text that the model generates.
+    """The tag `{% generation %}...{% endgeneration %}`, which marks text that the model generates.
 
     The content is rendered between the two characters in the variable `generation_marks`, if set.
     """
@@ -380,7 +383,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function and spend its result; limit the size of `replace` and `join` first."""
+        """Call a function and meter its result; check the size of `replace` and `join` first."""
         if obj is spend:
             return spend(*args)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")

@@ -317,7 +317,10 @@ class _CharacterMap(dict[int, str]):
 
 
 def _clean(character: str, *, handle_chinese_chars: bool) -> str:
-    """Return the replacement of a character in the first pass: whitespace, controls, ideographs."""
+    """Return the replacement of a character in the first pass of `normalize`.
+
+    This pass replaces whitespace, removes control characters and isolates ideographs.
+    """
     if character in "\t\n\r":
         return " "
     category = unicodedata.category(character)
@@ -332,7 +335,10 @@ def _clean(character: str, *, handle_chinese_chars: bool) -> str:
 
 
 def _fold(character: str, *, lowercase: bool, strip_accents: bool) -> str:
-    """Return the replacement of a character in the second pass: accents, punctuation, case."""
+    """Return the replacement of a character in the second pass of `normalize`.
+
+    This pass removes accents, isolates punctuation marks and converts to lower case.
+    """
     category = _unicode8().get(character)
     if strip_accents and category == "Mn":
         return ""

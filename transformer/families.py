@@ -90,7 +90,7 @@ _QK_NORM: dict[str, tuple] = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How the models of one `model_type` are described in `config.json` and in GGUF metadata."""
+    """The description of one `model_type`: fixed fields, and keys of config.json and GGUF files."""
 
     architecture: str  # class name in transformers
     gguf: str  # general.architecture of the family's GGUF files
@@ -445,7 +445,7 @@ def from_hf(config: Mapping[str, Any]) -> Config:
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """Replace values that equal the meaning of None by None: equal decoders have equal configs."""
+    """Set fields to None where None stands for their value: equal decoders have equal configs."""
     head_dim = fields["head_dim"]
     defaults = {
         "query_scalar": head_dim,

@@ -119,8 +119,8 @@ def ablate(params: Params, cfg: Config, heads: Collection[tuple[int, int]]) -> P
     for layer, head in heads:
         if not (0 <= layer < cfg.num_layers and 0 <= head < cfg.num_heads):
             raise ValueError(
-                f"there is no head {head} in layer {layer}: layers are 0 to "
-                f"{cfg.num_layers - 1}, heads 0 to {cfg.num_heads - 1}"
+                f"expected layers from 0 to {cfg.num_layers - 1} and heads from 0 to "
+                f"{cfg.num_heads - 1}, got layer {layer}, head {head}"
             )
         mask[layer, head] = 0
     return _scale_heads(params, cfg, jnp.asarray(mask))

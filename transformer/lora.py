@@ -139,10 +139,10 @@ def shared_modules(cfg: Config) -> tuple[str, ...]:
 
 
 def apply(params: Params, adapter: Adapter) -> Params:
-    """Return the weights with the adapter stored beside them; they may have any dtype.
+    """Return the model with an adapter attached to its linear maps, whose weights do not change.
 
-    If the weights are rotated (`quarot.py`), the adapter is rotated to match. An adapter that was
-    applied earlier to the same linear maps is replaced.
+    The weights may have any dtype. If they are rotated (`quarot.py`), the adapter is rotated to
+    match. An adapter that was applied earlier to the same linear maps is replaced.
     """
     if params.folded_norm_weights is not None:
         adapter = tuple(

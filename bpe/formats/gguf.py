@@ -101,8 +101,8 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     types = [int(t) for t in get_array(meta, _GGML + "token_type", source)]
     if len(tokens) != len(types):
         raise ValueError(
-            f"{source}: expected one {_GGML}token_type for each token, got {len(types)} for "
-            f"{len(tokens)} items of {_GGML}tokens"
+            f"{source}: expected one item of {_GGML}token_type for each token, got {len(types)} "
+            f"for {len(tokens)} items of {_GGML}tokens"
         )
     name = to_text(metadata.get("general.name"))
     encoding, add_bos = kind.read(meta, tokens, types, name, source)
@@ -226,7 +226,7 @@ def _read_sentencepiece(
     scores = [float(score) for score in get_array(meta, _GGML + "scores", source)]
     if len(scores) != len(tokens):
         raise ValueError(
-            f"{source}: expected one of {_GGML}scores for each token, got {len(scores)} for "
+            f"{source}: expected one item of {_GGML}scores for each token, got {len(scores)} for "
             f"{len(tokens)} items of {_GGML}tokens"
         )
     unk_id = meta.get(_GGML + "unknown_token_id")

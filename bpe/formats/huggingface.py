@@ -70,7 +70,8 @@ def from_folder(path: str | Path) -> Tokenizer:
                 path / "vocab.json", path.name, bos, eos, templates, declared, spec
             )
         raise FileNotFoundError(
-            f"{path}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+            f"{path}: expected a tokenizer.json, a tokenizer.model, or a vocab.json with a "
+            "merges.txt in this folder, got none of these"
         )
     return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, templates, declared)
 

@@ -149,7 +149,7 @@ def test_short_text_makes_smaller_vocabulary():
     ("options", "facts"),
     [
         ({"vocab_size": 256}, ["vocab_size=256", 1]),
-        ({"vocab_size": 300, "min_frequency": 0}, ["min_frequency=0", 1]),
+        ({"vocab_size": 300, "min_frequency": 0}, ["min_frequency", 0, 1]),
         ({"vocab_size": 300, "special_tokens": ["<a>", "<a>"]}, ["special_tokens", ["<a>", "<a>"]]),
         ({"vocab_size": 300, "special_tokens": [""]}, ["special_tokens", [""]]),
         ({"vocab_size": 300, "pattern": "("}, ["pattern", "'('"]),

@@ -184,7 +184,7 @@ def test_error_names_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=naming(tmp_path / "vocab.txt")):
         bpe.load_wordpiece(tmp_path / "vocab.txt")
     (tmp_path / "vocab.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=naming(tmp_path / "vocab.bin", "WordPiece")):
+    with pytest.raises(ValueError, match=naming(tmp_path / "vocab.bin", "vocab.txt", "'.bin'")):
         bpe.load_wordpiece(tmp_path / "vocab.bin")
 
 

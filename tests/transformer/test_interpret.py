@@ -142,7 +142,7 @@ def test_plots_depend_on_their_data(tiny, tmp_path):
     plots.head_effects(effects, tmp_path / "e.png")
     for letter in "cde":
         assert png(tmp_path / f"{letter}.png").std() > 0.05
-    with pytest.raises(ValueError, match=naming("layer 2", 1)):
+    with pytest.raises(ValueError, match=naming("layer", 1, 2)):
         plots.attention(maps, names, 2, tmp_path / "f.png")
     with pytest.raises(ValueError, match=naming("labels", 5, 4)):
         plots.logit_lens(lens, names[1:], [names] * 3, tmp_path / "f.png")

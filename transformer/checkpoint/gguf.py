@@ -239,7 +239,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
 
 
 def read_metadata_head(path: Path) -> dict[str, Any]:
-    """Return the metadata before the first key of the tokenizer, which takes long to read.
+    """Return the metadata before the first tokenizer key, because a vocabulary takes long to read.
 
     Raises:
         OSError: The file cannot be read.

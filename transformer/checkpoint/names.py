@@ -148,7 +148,7 @@ def _table(cfg: Config, scheme: str, architecture: str) -> dict[str, str]:
 
 
 def _first_rows(cfg: Config, table: dict[str, str]) -> dict[str, int]:
-    """Return the first row, in the shared tensor, of each weight that shares one with others."""
+    """Return the first row of each weight within a tensor that several weights share."""
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     rows = {}
     if table["q"] == table["k"]:
