@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
-from serve.api import errors, logs
+from serve.api import errors, logs, unused_fields
 from serve.api.auth import KeyRing
 from serve.api.body_limit import BodyLimit
 from serve.api.headers import ResponseHeaders
@@ -84,7 +84,10 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
                 allow_origins=settings.allowed_origins,
                 allow_methods=["*"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "openai-processing-ms", *RATE_HEADERS],
+                expose_headers=[
+                    *("x-request-id", "openai-processing-ms", "openai-model"),
+                    *(unused_fields.HEADER, *RATE_HEADERS),
+                ],
             ),
             Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
             Middleware(Admission, limiter=limiter, is_draining=lambda: state.is_draining),
@@ -105,6 +108,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         job_runner=JobRunner(jobs),
         temp_files=TempFiles(settings.home / "pictures"),
         allow_pull=settings.allow_pull,
+        is_strict=settings.is_strict,
     )
     app.state = cast(State, state)
     files.drop_expired(store)

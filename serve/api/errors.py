@@ -147,6 +147,8 @@ def from_validation(error: ValidationError) -> APIError:
                 f"but got {_clip(value)} instead.",
                 f"{noun}_{code}",
             )
+        case "extra_forbidden":
+            return bad(f"Unknown parameter: {name}.", "unknown_parameter")
         case "literal_error":
             values = " and".join(context["expected"].rsplit(" or", 1))
             return bad(

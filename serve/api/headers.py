@@ -1,19 +1,21 @@
 """Response headers and unhandled exceptions.
 
 This is the outermost middleware. It creates the `RequestContext` of each request and adds the
-headers that OpenAI's clients expect: ``x-request-id``, ``openai-processing-ms``, ``openai-version``
-and the client's ``openai-organization``. It also turns an unhandled exception into a 500 error with
-these headers, which a handler outside this middleware could not add. The traceback goes only to the
-log, with the request's id.
+headers that OpenAI's clients expect: ``x-request-id``, ``openai-processing-ms``,
+``openai-version``, the client's ``openai-organization``, and ``openai-model``, the id of the model
+that answers. ``x-pellucid-ignored`` lists the request's fields without effect. An unhandled
+exception becomes a 500 error with these headers, which a handler outside this middleware could not
+add. The traceback goes only to the log, with the request's id.
 """
 
 import logging
 from collections.abc import Callable
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api import logs
+from serve.api import logs, unused_fields
 from serve.api.errors import server_error
 from serve.api.request_context import RequestContext
 
@@ -59,6 +61,10 @@ class ResponseHeaders:
                 headers["x-request-id"] = context.id
                 headers["openai-processing-ms"] = str(round(context.seconds * 1000))
                 headers["openai-version"] = API_VERSION
+                if context.model:
+                    headers["openai-model"] = quote(context.model, safe="/:@+ ")
+                if context.ignored:
+                    headers[unused_fields.HEADER] = context.ignored
                 if organization := request_headers.get("openai-organization"):
                     headers["openai-organization"] = organization
             await send(message)

@@ -7,6 +7,7 @@ from pydantic import Field
 from diffusion import edit, image_io
 from serve.api.multipart import File
 from serve.api.requests import Body
+from serve.api.unused_fields import UNUSED
 
 ImagePrompt = Annotated[str, Field(min_length=1, max_length=32_000)]
 
@@ -25,6 +26,12 @@ class ImageOptions(Body):
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stream: bool = False
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    style: Annotated[Literal["vivid", "natural"] | None, UNUSED] = None
+    moderation: Annotated[Literal["low", "auto"], UNUSED] = "auto"
+    complexity: Annotated[Literal["low", "medium", "high"] | None, UNUSED] = None
+    input_fidelity: Annotated[Literal["high", "low"] | None, UNUSED] = None
+    user: Annotated[str | None, UNUSED] = None
+    safety_identifier: Annotated[str | None, Field(max_length=64), UNUSED] = None
 
 
 class ImageGenerationBody(ImageOptions):

@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterable, Mapping
 from tempfile import SpooledTemporaryFile
 from typing import Annotated, Any, Protocol, TypeVar, get_origin
 
-from pydantic import InstanceOf, ValidationError, WithJsonSchema
+from pydantic import InstanceOf, WithJsonSchema
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from serve.api.errors import APIError, from_validation
-from serve.api.requests import Body
+from serve.api.errors import APIError
+from serve.api.requests import Body, validate
 
 MAX_FIELD = 128 * 2**10  # bytes of a text field; the longest prompt fits
 MAX_PARTS = 100
@@ -85,10 +85,8 @@ async def read_form(
     lists = {
         name for name, info in model.model_fields.items() if get_origin(info.annotation) is list
     }
-    try:
-        return model.model_validate(form_fields(reader.items, lists), strict=False)
-    except ValidationError as error:
-        raise from_validation(error) from None
+    fields = form_fields(reader.items, lists, model.model_fields)
+    return validate(request, model, fields, is_form=True)
 
 
 def temporary_file() -> SpooledTemporaryFile[bytes]:
@@ -107,7 +105,9 @@ async def read_all(sink: SpooledTemporaryFile[bytes]) -> bytes:
 
 
 def form_fields(
-    items: Iterable[tuple[str, str | Upload]], lists: Collection[str] = ()
+    items: Iterable[tuple[str, str | Upload]],
+    lists: Collection[str] = (),
+    known: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Return the fields of a form as a dictionary, without blank fields.
 
@@ -117,6 +117,8 @@ def form_fields(
     Args:
         items: Name and value of each field.
         lists: Names of list fields, which are sent as `name[]` or `name`, once per item.
+        known: Names of the fields that the route knows; the last value of another one counts. None
+            for all fields.
 
     Raises:
         APIError: 400 if a field has two different values.
@@ -134,6 +136,9 @@ def form_fields(
         base, key = (name[:bracket], name[bracket + 1 : -1]) if bracket > 0 else (name, "")
         if base in lists:
             fields.setdefault(base, []).append(value)
+            continue
+        if known is not None and base not in known:
+            fields[base] = value
             continue
         target = fields.setdefault(base, {}) if key else fields
         if not isinstance(target, dict) or target.setdefault(key or base, value) != value:

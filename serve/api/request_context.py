@@ -22,6 +22,7 @@ class RequestContext:
         arrival_time: Time at which the request arrived.
         client: Name of the API key, or the client's address.
         model: Id of the model.
+        ignored: Paths of fields without effect, as text; see `unused_fields.py`.
         prompt_tokens: Number of tokens of all prompts.
         cached_tokens: Number of prompt tokens found in the prefix cache.
         generated_tokens: Number of generated tokens.
@@ -34,6 +35,7 @@ class RequestContext:
     arrival_time: float = field(default_factory=time.perf_counter)
     client: str = ""
     model: str = ""
+    ignored: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0

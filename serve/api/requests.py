@@ -1,9 +1,9 @@
 """Request bodies of the generation routes, as pydantic models.
 
-The models follow OpenAI's specification and its bounds. Types are strict ("1" is not 1), ``null``
-counts as absent, and unknown fields are ignored, because clients send many that do not apply to a
-local server (``store``, ``reasoning_effort``, ``prompt_cache_key``). Three sampling settings are
-extensions: ``top_k``, ``min_p``, ``repetition_penalty``.
+The models follow OpenAI's specification and its bounds. Types are strict ("1" is not 1), and
+``null`` counts as absent. Clients send many fields that do not apply to a local server
+(``reasoning_effort``, ``prompt_cache_key``): `unused_fields.py` says what becomes of them. Some
+settings are extensions: ``top_k``, ``min_p``, ``repetition_penalty``.
 
 Unions are discriminated by the type of the value (`tag`), so that an error reports one branch
 instead of the failures of every branch.
@@ -25,6 +25,9 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from serve.api.errors import APIError, from_validation, json_type_name
+from serve.api.request_context import context_of
+from serve.api.state import state_of
+from serve.api.unused_fields import UNUSED, check_names, report_unused
 from serve.models.generation_config import BOUNDS
 
 # --- reading a body ---------------------------------------------------------------------------
@@ -74,10 +77,32 @@ async def read_json(request: Request, model: type[AnyBody]) -> AnyBody:
         ) from None
     if isinstance(data, dict) and "engine" in request.path_params:
         data["model"] = request.path_params["engine"]  # /v1/engines/ID/..., the older path
+    return validate(request, model, data)
+
+
+def validate(
+    request: Request, model: type[AnyBody], data: Any, *, is_form: bool = False
+) -> AnyBody:
+    """Check the fields of a request, and report those without effect in a response header.
+
+    Args:
+        request: The request.
+        model: The class of the body.
+        data: The JSON value or the fields of the form.
+        is_form: Whether numbers and booleans are text, as in a form.
+
+    Raises:
+        APIError: 400 if ``data`` does not match ``model``, or as in `unused_fields`.
+    """
+    check_names(data, model)
     try:
-        return model.model_validate(data)
+        body = model.model_validate(data, strict=not is_form)
     except ValidationError as error:
         raise from_validation(error) from None
+    context_of(request.scope).ignored = report_unused(
+        data, body, is_strict=state_of(request).is_strict
+    )
+    return body
 
 
 # --- types of fields --------------------------------------------------------------------------
@@ -122,6 +147,7 @@ class StreamOptions(Body):
     """Options of a streamed response: whether its last event has the token counts."""
 
     include_usage: bool = False
+    include_obfuscation: Annotated[bool, UNUSED] = False
 
 
 class JSONSchemaFormat(Body):
@@ -174,6 +200,7 @@ class GenerationBody(Body):
     stop: Stop = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    user: Annotated[str | None, UNUSED] = None
     # The format of the output; see `structured_output.py`.
     response_format: ResponseFormat = ResponseFormat(type="text")
     structured_outputs: StructuredOutputs = StructuredOutputs()
@@ -237,8 +264,23 @@ class Message(Body):
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Content | None = None
+    name: Annotated[str | None, UNUSED] = None
     tool_calls: list[Any] = []
     function_call: Any = None
+
+
+class PromptCacheOptions(Body):
+    """How OpenAI caches the prompt. This server always caches the blocks of a prompt."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: str | None = None
+
+
+class Prediction(Body):
+    """A prediction of the answer, which speeds up OpenAI's models."""
+
+    type: Literal["content"]
+    content: Content
 
 
 class ChatBody(GenerationBody):
@@ -249,10 +291,23 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    modalities: Annotated[list[Literal["text", "audio"]], Field(max_length=2)] = []
-    audio: Any = None
     tools: list[Any] = []
     tool_choice: Any = None
     functions: list[Any] = []
     function_call: Any = None
     metadata: dict[str, str] | None = None
+    safety_identifier: Annotated[str | None, Field(max_length=64), UNUSED] = None
+    prompt_cache_key: Annotated[str | None, UNUSED] = None
+    prompt_cache_retention: Annotated[Literal["in_memory", "in-memory", "24h"] | None, UNUSED] = (
+        None
+    )
+    prompt_cache_options: Annotated[PromptCacheOptions | None, UNUSED] = None
+    service_tier: Annotated[
+        Literal["auto", "default", "flex", "scale", "priority", "fast"], UNUSED
+    ] = "auto"
+    verbosity: Annotated[Literal["low", "medium", "high"] | None, UNUSED] = None
+    reasoning_effort: Annotated[
+        Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None, UNUSED
+    ] = None
+    parallel_tool_calls: Annotated[bool, UNUSED] = True
+    prediction: Annotated[Prediction | None, UNUSED] = None

@@ -51,6 +51,7 @@ class ServerSettings:
         max_embedding_tokens: Longest input of embedding models, in tokens; None for each model's
             context length.
         allow_pull: Whether requests may pull models of the catalogue and of the hub.
+        is_strict: Whether a request field without effect is an error.
         home: The data folder.
 
     Raises:
@@ -70,6 +71,7 @@ class ServerSettings:
     memory_limit: int | None = None
     max_embedding_tokens: int | None = None
     allow_pull: bool = False
+    is_strict: bool = False
     home: Path = field(default_factory=data_folder)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ class ServerState:
         job_runner: Runs the jobs.
         temp_files: Generated images, available for an hour.
         allow_pull: Whether requests may pull models.
+        is_strict: Whether a request field without effect is an error.
         is_pulling: Whether a request pulls a model now.
         is_draining: Whether the server refuses new requests, while the running ones finish.
     """
@@ -41,6 +42,7 @@ class ServerState:
     job_runner: JobRunner
     temp_files: TempFiles
     allow_pull: bool = False
+    is_strict: bool = False
     is_pulling: bool = False
     is_draining: bool = False
 

@@ -115,11 +115,11 @@ def _sources(body: GenerationBody) -> Iterator[tuple[str, GrammarSource]]:
     ):
         if fields.json_schema is not None:
             yield f"{prefix}json", schema_source(f"{prefix}json", fields.json_schema)
-        if fields.regex is not None:
+        if fields.regex:
             yield f"{prefix}regex", GrammarSource("regex", fields.regex)
         if fields.choice is not None:
             yield f"{prefix}choice", GrammarSource.from_choices(fields.choice)
-        if fields.grammar is not None:
+        if fields.grammar:
             yield f"{prefix}grammar", GrammarSource("grammar", fields.grammar)
         if fields.json_object:
             yield f"{prefix}json_object", ANY_OBJECT
@@ -127,7 +127,7 @@ def _sources(body: GenerationBody) -> Iterator[tuple[str, GrammarSource]]:
             raise unsupported(
                 f"{prefix}structural_tag", fields.structural_tag, "Use 'json' or 'grammar'."
             )
-    if body.grammar is not None:
+    if body.grammar:
         yield "grammar", GrammarSource("grammar", body.grammar)
     if body.json_schema is not None:
         yield "json_schema", schema_source("json_schema", body.json_schema)

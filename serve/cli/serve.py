@@ -84,6 +84,14 @@ def serve(
             help="Let requests pull models of the catalogue and of the Hugging Face Hub.",
         ),
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse requests with a field that has no effect, instead of naming it in the "
+            "header x-pellucid-ignored.",
+        ),
+    ] = False,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Log as text lines, or as JSON objects.")
     ] = "text",
@@ -103,6 +111,7 @@ def serve(
             requests_per_minute=rate_limit,
             answer_timeout=answer_timeout,
             allow_pull=allow_pull,
+            is_strict=strict,
         )
     except ValueError as error:
         raise WrongUsage(str(error)) from None

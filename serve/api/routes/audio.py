@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -34,10 +34,11 @@ from serve.api.errors import APIError, unsupported
 from serve.api.multipart import File, read_all, read_form, temporary_file
 from serve.api.openapi import route_docs
 from serve.api.request_context import context_of
-from serve.api.requests import Body
+from serve.api.requests import Body, tag
 from serve.api.responses import ResponseModel
 from serve.api.sse import Event, cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model
+from serve.api.unused_fields import UNUSED
 from serve.models.speech import SpeechModel
 
 router = APIRouter(prefix="/v1/audio")
@@ -53,6 +54,21 @@ LONG_SECONDS = 60.0  # longer audio is decoded in batches
 _FORMATS = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav', 'webm']"
 
 
+class ChunkingStrategy(Body):
+    """How OpenAI splits the audio. This server always finds speech by voice activity."""
+
+    type: Literal["server_vad"]
+    prefix_padding_ms: int | None = None
+    silence_duration_ms: int | None = None
+    threshold: float | None = None
+
+
+Chunking = Annotated[
+    Annotated[Literal["auto"], Tag("a string")] | Annotated[ChunkingStrategy, Tag("an object")],
+    Discriminator(tag),
+]
+
+
 class SpeechForm(Body):
     """Form of POST /v1/audio/transcriptions and /v1/audio/translations."""
 
@@ -66,6 +82,9 @@ class SpeechForm(Body):
     include: list[Literal["logprobs"]] = []
     keywords: list[str] = []
     stream: bool = False
+    languages: Annotated[list[str], UNUSED] = []
+    chunking_strategy: Annotated[Chunking | None, UNUSED] = None
+    user: Annotated[str | None, UNUSED] = None
 
 
 class Logprob(ResponseModel):

@@ -225,9 +225,7 @@ def _refuse_unsupported(body: ChatBody) -> None:
             param="top_logprobs",
             code="invalid_value",
         )
-    if "audio" in body.modalities:
-        raise unsupported("modalities", "audio", "Only 'text' is supported.")
-    for name in ("audio", "tools", "functions"):
+    for name in ("tools", "functions"):
         if value := getattr(body, name):
             raise unsupported(name, value, f"Leave '{name}' out.")
     for name in ("tool_choice", "function_call"):

@@ -40,6 +40,7 @@ from serve.api.requests import Body, TokenIds, read_json, tag
 from serve.api.responses import Embeddings
 from serve.api.sse import cancel_on_disconnect
 from serve.api.state import get_loaded_model
+from serve.api.unused_fields import UNUSED
 from serve.models.encoder import EmbeddingModel
 from serve.models.reranker import RerankModel
 
@@ -70,6 +71,7 @@ class EmbeddingsBody(Body):
     truncate: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     prompt_name: str | None = None
+    user: Annotated[str | None, UNUSED] = None
 
 
 @router.post("/embeddings", **route_docs(Embeddings, EmbeddingsBody))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -55,7 +55,12 @@ Value = Annotated[str, Field(max_length=512)]
 
 
 class Hyperparameters(Body):
-    """The hyperparameters in a request for a job; "auto" lets the server choose."""
+    """The hyperparameters in a request for a job; "auto" lets the server choose.
+
+    An unknown name is an error, because a job takes long, and its result would be another one.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     n_epochs: auto_or(Epochs, "an integer") = "auto"  # type: ignore[valid-type]
     batch_size: auto_or(BatchSize, "an integer") = "auto"  # type: ignore[valid-type]

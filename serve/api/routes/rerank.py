@@ -34,6 +34,7 @@ from serve.api.responses import Rerank, Scores
 from serve.api.routes.embeddings import Text, check_known, check_total, truncation_length
 from serve.api.sse import cancel_on_disconnect
 from serve.api.state import get_loaded_model, state_of
+from serve.api.unused_fields import UNUSED
 from serve.exceptions import UnknownModel
 from serve.models.encoder import EmbeddingModel
 from serve.models.reranker import RerankModel
@@ -73,6 +74,7 @@ class Truncation(Body):
     truncate: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = None
+    user: Annotated[str | None, UNUSED] = None
 
 
 class RerankBody(Truncation):

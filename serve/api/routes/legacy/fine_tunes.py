@@ -8,7 +8,7 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -37,7 +37,9 @@ DEFAULT_MODEL = "curie"
 
 
 class FineTuneBody(Body):
-    """Body of POST /v1/fine-tunes."""
+    """Body of POST /v1/fine-tunes. An unknown name is an error, as in `Hyperparameters`."""
+
+    model_config = ConfigDict(extra="forbid")
 
     training_file: str
     validation_file: str | None = None
