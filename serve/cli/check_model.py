@@ -116,4 +116,4 @@ def _check_other(path: Path, kind: Kind) -> dict[str, Any]:
     spec = kind.describe(files, options)
     if spec.context is not None:
         report["context"] = spec.context
-    return report | {"memory": {"the dtype of the files": spec.memory()}}
+    return report | {"memory": {"auto": spec.memory()}}

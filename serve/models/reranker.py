@@ -137,7 +137,7 @@ def _choose_dtype(
     """Return the fastest dtype on this machine whose logits are close to float32's; cached."""
     words = dtypes.PROBE_TEXT.split()
     step = len(words) // PROBE_DOCUMENTS
-    documents = [" ".join(words[i : i + step]) for i in range(0, len(words), step)]
+    documents = [" ".join(words[i * step : (i + 1) * step]) for i in range(PROBE_DOCUMENTS)]
 
     def measure(dtype: FloatDtype) -> tuple[float, np.ndarray]:
         params, cfg = bert.load(path, dtype=dtype)
