@@ -286,7 +286,8 @@ def _pop_rope(rest: dict[str, Any], thetas: Mapping[str, str]) -> None:
             del entry["partial_rotary_factor"]
         if kind != "default" or any(item is not None for item in entry.values()):
             raise ValueError(
-                f"rope_parameters.{name} must be unscaled (rope_type 'default'), got {dict(value[name])!r}"
+                f"rope_parameters.{name} must be unscaled (rope_type 'default'), "
+                f"got {dict(value[name])!r}"
             )
         if theta is not None:
             rest[thetas[name]] = theta

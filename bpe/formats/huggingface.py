@@ -190,13 +190,13 @@ def _from_tokenizer_model(
     special = encoding.special_tokens
     bos_id = special.get(bos or "", ids["bos"])
     eos_id = special.get(eos or "", ids["eos"])
-    texts = {id: text for text, id in special.items()}
+    texts: dict[int | None, str] = {id: text for text, id in special.items()}
     declared_ids = stop_tokens.resolve_stop_ids(encoding, declared)
     stop_ids = stop_tokens.well_known_stop_ids(encoding).union(declared_ids)
     if eos_id is not None:
         stop_ids |= {eos_id}
     template, named = build_chat_templates(
-        templates, texts.get(bos_id or -1), texts.get(eos_id or -1), encoding, stop_ids
+        templates, texts.get(bos_id), texts.get(eos_id), encoding, stop_ids
     )
     is_bpe = model.model_type == BPE
     add_bos = get_one_of(config, "add_bos_token", [None, True, False], where)

@@ -224,10 +224,6 @@ def test_damaged_gguf_names_the_key(key, value, facts):
         bpe.from_gguf(meta, source="m.gguf")
 
 
-def change_unigram(spec):
-    spec["model"]["unk_id"] = None
-
-
 @pytest.mark.parametrize(
     ("layout", "change", "facts"),
     [
