@@ -462,10 +462,8 @@ def check(
         ValueError: The weights are quantized in an unsupported format, or a key changes the
             forward pass in a way that this model type does not support.
     """
-    rest = dict(rest)
-    for key in ("quantization_config", "compression_config"):
-        if (value := rest.pop(key, None)) and not _is_disabled(value):
-            raise ValueError(f"{key} is {_method(value)}: {_QUANTIZED_ADVICE}")
+    check_quantization(rest)
+    rest = {key: value for key, value in rest.items() if key not in _QUANTIZATION}
     if rest.get("attn_temperature_tuning") in (False, 0):
         rest.pop("attn_scale", None)  # only used with attn_temperature_tuning
     if rest.get("no_rope_layers"):
@@ -475,6 +473,17 @@ def check(
         for key, values in (neutral_overrides or {}).items()
     }
     _check(rest, table, _EXPECTED, cfg, kind, "config.json")
+
+
+def check_quantization(config: Mapping[str, Any]) -> None:
+    """Check that a `config.json` does not describe quantized weights.
+
+    Raises:
+        ValueError: It does, so the weights are quantized in a format that is not supported.
+    """
+    for key in _QUANTIZATION:
+        if (value := config.get(key)) and not _is_disabled(value):
+            raise ValueError(f"{key} is {_method(value)}: {_QUANTIZED_ADVICE}")
 
 
 def check_gguf(rest: Mapping[str, Any], cfg: Any, kind: str) -> None:
@@ -540,6 +549,7 @@ def _same(value: Any, other: Any) -> bool:
     return value == other
 
 
+_QUANTIZATION = ("quantization_config", "compression_config")
 _QUANTIZED_ADVICE = (
     "weights quantized in this format cannot be read; use unquantized safetensors or a GGUF file "
     "(if the weights have been dequantized, remove the key)"
@@ -560,5 +570,7 @@ def _method(value: Any) -> str:
     if not isinstance(value, Mapping):
         return repr(value)
     method = str(value.get("quant_method") or "of an unnamed method")
+    if layout := value.get("format"):
+        method += f" {layout}"
     bits = next((n for n in (4, 8) if value.get(f"load_in_{n}bit")), value.get("bits"))
     return f"{method} ({bits} bit)" if bits else method

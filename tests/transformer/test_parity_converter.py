@@ -20,10 +20,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import bpe
 from bpe.save import save as save_tokenizer
-from tests.transformer.conftest import MORE
+from tests.transformer.conftest import GOLDEN, MORE
+from tests.transformer.test_quantized import QUANTIZATION, random_tensors
 from transformer import checkpoint, decoder
 from transformer.checkpoint import gguf
 
@@ -83,6 +85,47 @@ def numbers(value) -> list[float]:
     return [x for x in jax.tree.leaves(fields) if isinstance(x, int | float)]
 
 
+def write_bpe(folder: Path, metadata: dict) -> None:
+    """Write the tokenizer files of a vocabulary of byte pairs."""
+    save_tokenizer(bpe.from_gguf(metadata).encoding, folder / "tokenizer.json")
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+
+
+def convert(llama_cpp: Path, folder: Path) -> Path:
+    """Return the GGUF file in float32 that the converter makes from a folder."""
+    target = folder.parent / "m.gguf"
+    command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder]
+    done = subprocess.run(
+        [*command, "--outtype", "f32", "--outfile", target],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return target
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq_v2", "packed"])
+def test_converter_dequantizes_to_the_same_weights(llama_cpp, tmp_path, method):
+    metadata = vocabulary(llama_cpp / "models" / "ggml-vocab-gpt-2.gguf")
+    folder, size = tmp_path / "hf", len(metadata["tokenizer.ggml.tokens"])
+    folder.mkdir()
+    # Where GPTQ has the zero point 0, llama.cpp reads 16, unlike GPTQModel.
+    tensors = dict(random_tensors(method, lowest_zero=1)[0])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = np.resize(tensors[name], (size, 32))
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    config |= {"vocab_size": size, "quantization_config": QUANTIZATION[method]}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_bpe(folder, metadata)
+    expected, _, _ = checkpoint.load(folder)
+    params, _, _ = checkpoint.load(convert(llama_cpp, folder))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), params, expected)
+
+
 @pytest.mark.parametrize("name", MORE)
 def test_converted_model_matches_transformers(llama_cpp, tmp_path, name):
     import torch
@@ -111,18 +154,8 @@ def test_converted_model_matches_transformers(llama_cpp, tmp_path, name):
     if is_sentencepiece:
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(metadata))
     else:
-        save_tokenizer(bpe.from_gguf(metadata).encoding, folder / "tokenizer.json")
-        tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    target = tmp_path / "m.gguf"
-    command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder]
-    done = subprocess.run(
-        [*command, "--outtype", "f32", "--outfile", target],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+        write_bpe(folder, metadata)
+    target = convert(llama_cpp, folder)
 
     params, cfg, converted = checkpoint.load(target)
     assert converted["tokenizer.ggml.tokens"] == metadata["tokenizer.ggml.tokens"]

@@ -7,6 +7,7 @@ more than the size of the weights in their final dtype.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ from transformer.checkpoint.names import (
 from transformer.config import Config
 from transformer.decoder import Params, abstract
 from transformer.weights import Linear
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
@@ -249,7 +252,8 @@ def _match_tensors(
         check_tied(tensors, head, tree.embed.weight.name, path)
     if missing := sorted(num_rows.keys() - names):
         raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
-    if unknown := sorted(names - num_rows.keys()):
+    unknown = _without_zero_biases(sorted(names - num_rows.keys()), tensors)
+    if unknown:
         raise ValueError(
             f"{tensors[unknown[0]].path}: tensors that are not part of this model: "
             f"{_first_names(unknown)}"
@@ -264,6 +268,21 @@ def _match_tensors(
                     f"{tensor.path}: {source.name} must have shape {expected}, got {tensor.shape}"
                 )
     return tree, infos, len(num_rows)
+
+
+def _without_zero_biases(names: list[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """Return the names except biases of zeros, which GPTQ stores for layers without a bias."""
+    zeros = [
+        name
+        for name in names
+        if name.endswith(".bias")
+        and f"{name.removesuffix('bias')}weight" in tensors
+        and len(tensors[name].shape) == 1
+        and not tensors[name].read(0, tensors[name].shape[0]).any()
+    ]
+    if zeros:
+        log.warning("ignoring %d biases that are zero, such as %s", len(zeros), zeros[0])
+    return [name for name in names if name not in zeros]
 
 
 def check_tied(tensors: Mapping[str, LazyTensor], head: str, embedding: str, path: Path) -> None:

@@ -8,23 +8,28 @@ file.
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.checkpoint import fp8
+from transformer import config_keys
+from transformer.checkpoint import fp8, quantized
 from transformer.checkpoint.gguf import LazyTensor
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _FLOATS8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
+_INTEGERS = {  # of quantized weights
+    "U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64,
+}  # fmt: skip
 _INDEX = "model.safetensors.index.json"
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_PICKLES = tuple(f"*{suffix}" for suffix in _PICKLE_SUFFIXES)
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLES = tuple(f"*{suffix}" for suffix in PICKLE_SUFFIXES)
 
 
 def read(
@@ -37,19 +42,20 @@ def read(
         ignore: Suffixes of the names of tensors to ignore; their dtype is not checked.
 
     Returns:
-        The content of config.json, and the tensors by name. FP8 weights are dequantized when they
-        are read, and config.json is returned without their quantization.
+        The content of config.json, and the tensors by name. Quantized weights are dequantized when
+        they are read, and config.json is returned without their quantization.
 
     Raises:
         FileNotFoundError: config.json, the weights, or a shard that the index lists does not exist.
         ValueError: A file is damaged, a tensor is in two shards or not in the shard that the index
-            names, or all weights are pickled.
+            names, the weights are pickled, or quantized in a format that is
+            not supported.
     """
     config = read_json_object(folder / "config.json")
     shards = _weight_files(folder)
     tensors: dict[str, LazyTensor] = {}
     for shard, indexed in shards.items():
-        shard_tensors = read_tensors(shard, ignore=ignore)
+        shard_tensors = _read_tensors(shard, ignore)
         if duplicates := sorted(shard_tensors.keys() & tensors.keys()):
             raise ValueError(f"{shard}: the tensor {duplicates[0]!r} is in two shards")
         absent = [n for n in indexed if n not in shard_tensors and not n.endswith(tuple(ignore))]
@@ -58,7 +64,10 @@ def read(
                 f"{shard}: the tensor {absent[0]!r} is missing, which {_INDEX} lists for this shard"
             )
         tensors |= shard_tensors
-    return fp8.dequantize(config, tensors)
+    config, tensors = quantized.dequantize(*fp8.dequantize(config, tensors))
+    config_keys.check_quantization(config)
+    _check_floats(tensors)
+    return config, tensors
 
 
 def conversion_command(path: Path) -> str:
@@ -70,8 +79,8 @@ def conversion_command(path: Path) -> str:
     Args:
         path: A file with pickled weights, or a folder with one or several such `.bin` files.
     """
-    pattern = f"{path}/*.bin" if path.suffix not in _PICKLE_SUFFIXES else str(path)
-    folder = path.parent if path.suffix in _PICKLE_SUFFIXES else path
+    pattern = f"{path}/*.bin" if path.suffix not in PICKLE_SUFFIXES else str(path)
+    folder = path.parent if path.suffix in PICKLE_SUFFIXES else path
     code = (
         "import glob, torch; from safetensors.torch import save_file; "
         f"w = {{k: v for f in sorted(glob.glob({pattern!r})) "
@@ -133,6 +142,22 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyT
         FileNotFoundError: The file does not exist.
         ValueError: The file is damaged, or a tensor has no float dtype.
     """
+    tensors = _read_tensors(path, ignore)
+    _check_floats(tensors)
+    return tensors
+
+
+def _check_floats(tensors: Mapping[str, LazyTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype in _INTEGERS:
+            names = (*_FLOATS, *_FLOATS8)
+            raise ValueError(
+                f"{tensor.path}: the dtype of {name!r} must be one of {names}, got {tensor.dtype}"
+            )
+
+
+def _read_tensors(path: Path, ignore: Collection[str]) -> dict[str, LazyTensor]:
+    """Open the tensors of one file; `read` of an integer tensor returns its integers."""
     from safetensors import safe_open
 
     try:
@@ -142,13 +167,15 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyT
     except Exception as error:  # the package has no public exception for a damaged header
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     tensors: dict[str, LazyTensor] = {}
+    mapped = functools.cache(_map_file)
     for name in file.keys():  # noqa: SIM118 (not a dict)
         if name.endswith(tuple(ignore)):
             continue
         rows = file.get_slice(name)
         shape, dtype = tuple(rows.get_shape()), rows.get_dtype()
-        if dtype in _FLOATS8:
-            read = _float8_reader(path, name, shape, np.dtype(_FLOATS8[dtype]))
+        if dtype in _FLOATS8 or dtype in _INTEGERS:
+            kind = np.dtype((_FLOATS8 | _INTEGERS)[dtype])
+            read = _mapped_reader(mapped(path)(name).view(kind).reshape(shape))
         elif dtype in _FLOATS:
             read = _row_reader(rows) if shape else _scalar_reader(file.get_tensor(name))
         else:
@@ -182,18 +209,24 @@ def _scalar_reader(value: np.ndarray) -> Callable[[int, int], np.ndarray]:
     return lambda start, stop: np.asarray(value).astype(np.float32)
 
 
-def _float8_reader(
-    path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[int, int], np.ndarray]:
-    """Return the reader of a tensor of 8-bit floats, which `safetensors` cannot convert to NumPy.
+def _map_file(path: Path) -> Callable[[str], np.ndarray]:
+    """Return a function from the name of a tensor to its bytes, for dtypes that NumPy lacks.
 
-    `safe_open` has already checked the size of the header, and that the tensor is inside the file.
+    `safe_open` has already checked the size of the header, and that each tensor is inside the
+    file.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        start, _ = json.loads(file.read(size))[name]["data_offsets"]
-    data = np.memmap(path, np.uint8, "r", 8 + size + start, shape)
-    return lambda first, last: np.asarray(data[first:last]).view(dtype).astype(np.float32)
+        header = json.loads(file.read(size))
+    data = np.memmap(path, np.uint8, "r", 8 + size)
+    return lambda name: data[slice(*header[name]["data_offsets"])]
+
+
+def _mapped_reader(values: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    """Return the reader of a mapped tensor; integers are not copied."""
+    if values.dtype in _INTEGERS.values():
+        return lambda start, stop: values[start:stop]
+    return lambda start, stop: np.asarray(values[start:stop]).astype(np.float32)
 
 
 def write(
