@@ -48,7 +48,8 @@ _PREFIX = "model."  # the prefix in the other families
 _HEADS = ("lm_head.weight", "embed_out.weight")
 # GGUF tensors with numbers that belong to the config: RoPE scaling of Llama 3 and LongRoPE.
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-_SLAB_BYTES = 16 * 2**20  # size of the float32 rows converted at once
+# Size of the float32 rows converted at once; rotation and quantization need about six copies.
+_SLAB_BYTES = 4 * 2**20
 
 
 class Header(NamedTuple):
@@ -206,7 +207,7 @@ def build_params(
         bias = None if node.bias is None else _read(node.bias, info.bias.shape, tensors, cfg)
         is_skipped = dtype == "int8" and name in quarot.int8_skip_modules(cfg)
         if is_rotated and name in quarot.OUTPUT_PROJECTIONS:
-            slabs = _rotated_outputs(slabs, info.weight.shape[-2])
+            slabs = _rotated_outputs(slabs, info.weight.shape[-2:])
             bias = None if bias is None else quarot.rotate_output_weight(bias[:, None])[:, 0]
         elif is_rotated:
             scale = norm_weight(key_path)
@@ -360,7 +361,7 @@ def _make_linear(
 ) -> Linear:
     numpy_dtype = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}[dtype]
     num_rows = math.prod(shape[:-1])  # of all experts
-    weight = np.empty((num_rows, shape[-1]), numpy_dtype)
+    weight = _aligned_empty((num_rows, shape[-1]), numpy_dtype)
     scale = np.empty(num_rows, np.float32) if dtype == "int8" else None
     for start, rows in slabs:
         stop = start + len(rows)
@@ -371,10 +372,18 @@ def _make_linear(
         else:
             weight[start:stop] = rows
     return Linear(
-        weight=jnp.asarray(weight.reshape(shape)),
+        weight=jax.device_put(weight.reshape(shape), may_alias=True),
         bias=None if bias is None else jnp.asarray(bias),
         scale=None if scale is None else jnp.asarray(scale.reshape(shape[:-1])),
     )
+
+
+def _aligned_empty(shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    """Return an array that JAX takes on a CPU without a copy: it begins at a multiple of 64."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _read(source: TensorSource, shape: tuple[int, ...], tensors, cfg: Config) -> np.ndarray:
@@ -419,20 +428,27 @@ def _slabs_of_tensor(
 
 
 def _rotated_outputs(
-    slabs: Iterable[tuple[int, np.ndarray]], num_rows: int
+    slabs: Iterable[tuple[int, np.ndarray]], shape: tuple[int, int]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Rotate an output projection, or the output projections of all experts one by one.
 
     Args:
         slabs: Slabs of the weight in order.
-        num_rows: Number of rows of one projection, D.
+        shape: Shape of one projection, [D, columns].
     """
-    start, parts = 0, []
+    num_rows, num_columns = shape
+    columns = max(_SLAB_BYTES // (4 * num_rows), 1)
+    weight = np.empty(shape, np.float32)
+    start = 0
     for first, rows in slabs:
-        parts.append(rows)
-        if first + len(rows) - start == num_rows:
-            yield start, quarot.rotate_output_weight(np.concatenate(parts))
-            start, parts = start + num_rows, []
+        stop = first + len(rows) - start
+        weight[first - start : stop] = rows
+        if stop == num_rows:
+            for i in range(0, num_columns, columns):
+                part = weight[:, i : i + columns]
+                part[:] = quarot.rotate_output_weight(part)
+            yield start, weight
+            start += num_rows
 
 
 def _deinterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
