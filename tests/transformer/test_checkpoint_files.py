@@ -114,6 +114,22 @@ def test_every_gguf_type_is_dequantized_row_by_row(tmp_path, kind):
     np.testing.assert_array_equal(tensors["vector"].read(0, columns), expected[0])
 
 
+@pytest.mark.parametrize(
+    "kind", sorted({*Q} - {Q.F32, Q.F16, *QUANTIZED}), ids=lambda kind: kind.name
+)
+def test_other_gguf_types_are_refused_with_the_tensor(tmp_path, kind):
+    """Bug: the message had neither the file nor the tensor, and came only after the header."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", np.zeros((2, size), np.uint8), raw_shape=(2, size), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=naming(tmp_path / "m.gguf", "'x'", kind.name)):
+        reader.read(tmp_path / "m.gguf")
+
+
 # --- shards of safetensors --------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ memory is allocated. The `gguf` package dequantizes the block formats (Q4_1, Q6_
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import re
@@ -215,6 +216,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
             quantization = gguf.GGMLQuantizationType(kind)
         except ValueError:
             raise ValueError(f"{path}: tensor {name!r} has the unknown type {kind}") from None
+        if not _can_dequantize(quantization):
+            raise ValueError(
+                f"{path}: weights of type {quantization.name} are not supported ({name!r})"
+            )
         block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
         if shape[-1] % block:
             raise ValueError(
@@ -282,6 +287,19 @@ def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     return settings, others
 
 
+@functools.cache
+def _can_dequantize(quantization: Any) -> bool:
+    """Whether the `gguf` package dequantizes a type; not integers, nor types of activations."""
+    import gguf
+
+    _, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
+    try:
+        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), quantization)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _row_reader(
     raw: np.ndarray, shape: tuple[int, ...], quantization: Any
 ) -> Callable[[int, int], np.ndarray]:
@@ -298,10 +316,7 @@ def _row_reader(
         from gguf.quants import dequantize
 
         rows = raw[0] if len(shape) == 1 else raw[start * inner : stop * inner]
-        try:
-            values = dequantize(rows, quantization).astype(np.float32)
-        except NotImplementedError as error:
-            raise ValueError(f"weights of type {quantization.name} are not supported") from error
+        values = dequantize(rows, quantization).astype(np.float32)
         if len(shape) == 1:  # a vector is stored as one row
             return values[start:stop]
         return values.reshape(-1, *shape[1:])
