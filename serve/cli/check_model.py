@@ -12,7 +12,7 @@ import typer
 from serve import settings
 from serve.cli import console
 from serve.cli.options import Json
-from serve.exceptions import Unusable, WrongUsage
+from serve.exceptions import Unusable
 from serve.models.disk import human_size
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check(
         kind = kinds.recognize(path)
         assert kind is not None  # `check_local_model` has recognized it
         report = _check_decoder(path) if kind.name == "decoder" else _check_other(path, kind)
-    except (ValueError, OSError, WrongUsage) as error:
+    except (ValueError, OSError, Unusable) as error:
         raise Unusable(f"{path} cannot be used: {error}") from None
     report["ignored"] += notes.lines
     if json:

@@ -27,7 +27,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from serve.exceptions import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
+from serve.exceptions import (
+    Corrupt,
+    DoesNotFit,
+    Failure,
+    NotFound,
+    Unreachable,
+    Unusable,
+    WrongUsage,
+)
 from serve.models import disk, hashes, hub
 from serve.models.catalogue import Catalogue, CatalogueEntry, ModelFile, Part
 from serve.models.disk import human_size
@@ -63,7 +71,8 @@ def resolve_model(
 
     Raises:
         NotFound: no model or file has this name.
-        WrongUsage: the name or the file has an unsupported format, such as a pickle.
+        WrongUsage: the name has an unsupported format.
+        Unusable: the file has an unsupported format, such as a pickle.
         Unreachable: the model could not be pulled.
         Forbidden: the model could not be pulled without other credentials.
         Corrupt: a download or a file on disk has a wrong checksum.
@@ -140,7 +149,7 @@ def check_local_model(path: Path) -> Path:
 
     Raises:
         NotFound: `path` does not exist.
-        WrongUsage: it is a pickle, or neither a GGUF file nor a Hugging Face folder.
+        Unusable: it is a pickle, or neither a GGUF file nor a Hugging Face folder.
     """
     from serve.models import kinds  # imports JAX
 
@@ -150,17 +159,17 @@ def check_local_model(path: Path) -> Path:
         if kinds.recognize(path):
             return path
         if pickles := [name for name in names if name.endswith(_PICKLES)]:
-            raise WrongUsage(pickle_message(str(path / pickles[0])))
-        raise WrongUsage(
+            raise Unusable(pickle_message(str(path / pickles[0])))
+        raise Unusable(
             f"{path} is not a model folder: expected config.json and .safetensors weights in it"
         )
     if not path.exists():
         raise NotFound(f"{path} does not exist: give the path of a GGUF file or a model folder")
     if path.suffix in _PICKLES:
-        raise WrongUsage(pickle_message(str(path)))
+        raise Unusable(pickle_message(str(path)))
     if kinds.recognize(path):
         return path
-    raise WrongUsage(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
+    raise Unusable(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
 
 
 def pickle_message(name: str) -> str:

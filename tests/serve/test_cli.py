@@ -109,7 +109,7 @@ def test_help_imports_no_heavy_module() -> None:
         (["pull", "hf:owner"], 2, ["'hf:owner'", "hf:OWNER/REPO"]),
         (["pull", "--verify", SMALL], 3, [f"`pellucid pull {SMALL}`"]),
         (["tokenize", "hi", "-m", "a=/nowhere.gguf"], 3, ["/nowhere.gguf"]),
-        (["tokenize", "hi", "-m", f"a={__file__}"], 2, [__file__, "GGUF"]),
+        (["tokenize", "hi", "-m", f"a={__file__}"], 3, [__file__, "GGUF"]),
         (["serve", "--host", "0.0.0.0"], 2, ["0.0.0.0", "--api-key"]),
         (["serve", "--port", "70000"], 2, ["port", 70000]),
         (["serve", "--host", "host.invalid", "--api-key", "k"], 2, ["'host.invalid'"]),
@@ -122,6 +122,17 @@ def test_wrong_usage_exits_with_code_and_names_the_value(
     assert (done.returncode, done.stdout) == (code, "")
     assert names(done.stderr, *facts) and "Traceback" not in done.stderr
     assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["serve", "--port", "0", "-m"], ["models", "check"]])
+def test_pickle_exits_with_3_and_the_command_that_converts_it(
+    command: list[str], tmp_path: Path, empty: dict[str, str]
+) -> None:
+    """Bug: `serve` exited with 2, the code for wrong arguments, and `models check` with 3."""
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"\x80\x04")
+    done = run(*command, f"a={path}" if "-m" in command else str(path), **empty)
+    assert done.returncode == 3 and names(done.stderr, path, "torch.load", "save_file")
 
 
 def test_argument_that_is_not_utf8_is_rejected(empty: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.exceptions import Corrupt, DoesNotFit, NotFound, Unreachable, WrongUsage
+from serve.exceptions import Corrupt, DoesNotFit, NotFound, Unreachable, Unusable, WrongUsage
 from serve.models import catalogue, download
 from serve.models.catalogue import CatalogueEntry, ModelFile, Part
 from serve.models.spec import ModelFiles
@@ -224,13 +224,13 @@ def test_check_local_model_accepts_gguf_and_folder_only(tmp_path: Path) -> None:
     gguf.write_bytes(CONTENT)
     assert download.check_local_model(gguf) == gguf
     gguf.write_bytes(b"PK\x03\x04")
-    with pytest.raises(WrongUsage, match=naming(gguf, "GGUF")):
+    with pytest.raises(Unusable, match=naming(gguf, "GGUF")):
         download.check_local_model(gguf)
     pickle = tmp_path / "pytorch_model.bin"
     pickle.write_bytes(b"\x80\x04")
-    with pytest.raises(WrongUsage, match=naming(pickle)):
+    with pytest.raises(Unusable, match=naming(pickle)):
         download.check_local_model(pickle)
-    with pytest.raises(WrongUsage, match=naming(pickle)):
+    with pytest.raises(Unusable, match=naming(pickle)):
         download.check_local_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")

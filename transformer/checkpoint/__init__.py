@@ -111,10 +111,11 @@ def read_header(path: Path) -> Header:
         metadata, tensors = safetensors.read(path, ignore=_IGNORED_TENSORS)
         cfg, scheme, architecture = families.from_hf(metadata), "hf", metadata["model_type"]
         tensors = with_prefix(tensors, architecture)
-    elif path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
+    elif path.suffix in safetensors.PICKLE_SUFFIXES:
         raise ValueError(
             f"{path}: pickled weights are never opened, because unpickling runs code from the "
-            "file; use a .gguf file or a folder with safetensors"
+            "file; convert them in an isolated environment: "
+            f"{safetensors.conversion_command(path)}"
         )
     else:
         metadata, tensors = gguf.read(path)
