@@ -319,6 +319,7 @@ GGUF_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "nomic-bert": dict(position="rope", mlp="swiglu"),
     "modern-bert": dict(position="rope", mlp="geglu", num_types=0, pre_norm=True),
 }
+_NO_RERANKER = "a GGUF file of a reranker is not supported; use its safetensors"
 _GGUF_POOLING = {1: "mean", 2: "cls", 3: "lasttoken"}
 
 
@@ -330,12 +331,14 @@ def gguf_pooling(metadata: Mapping[str, Any]) -> str | None:
     """
     kind = metadata.get("general.architecture")
     value = metadata.get(f"{kind}.pooling_type")
+    if (labels := f"{kind}.classifier.output_labels") in metadata:
+        raise ValueError(f"{labels}: {_NO_RERANKER}")
     if value is None:
         return "mean" if kind in GGUF_ARCHITECTURES else None
     if value not in _GGUF_POOLING:
         raise ValueError(
             f"{kind}.pooling_type must be 1 (mean), 2 (cls) or 3 (last), got {value!r}"
-            + (": a GGUF file of a reranker is not supported; use its safetensors" * (value == 4))
+            + (f": {_NO_RERANKER}" if value == 4 else "")
         )
     return _GGUF_POOLING[value]
 

@@ -100,11 +100,15 @@ def _check_decoder(path: Path) -> dict[str, Any]:
 
 def _check_other(path: Path, kind: Kind) -> dict[str, Any]:
     from serve.models.spec import LoadOptions, ModelFiles
+    from transformer.checkpoint import gguf
     from transformer.checkpoint.safetensors import read_json_object
 
     encoder, missing = path / "encoder", []
-    config = path / ("denoiser/config.json" if kind.has_encoder else "config.json")
-    family = str(read_json_object(config).get("model_type", "-"))
+    if path.is_dir():
+        config = path / ("denoiser/config.json" if kind.has_encoder else "config.json")
+        family = str(read_json_object(config).get("model_type", "-"))
+    else:
+        family = str(gguf.read_metadata_head(path).get("general.architecture", "-"))
     report = {"kind": kind.name, "family": family, "memory": {}, "ignored": [], "missing": missing}
     if kind.has_encoder and not encoder.is_dir():
         missing.append("encoder: the text encoder of the catalogue is used")

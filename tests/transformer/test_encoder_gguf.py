@@ -131,6 +131,14 @@ def test_unsupported_pooling_is_rejected(kind: int, tmp_path: Path) -> None:
         encoders.read_config(path)
 
 
+def test_reranker_is_rejected_with_its_key(tmp_path: Path) -> None:
+    """llama.cpp's converter writes no pooling type for a reranker, but its labels."""
+    key = "bert.classifier.output_labels"
+    path = write(tmp_path / "model.gguf", "xlm-roberta", **{"classifier.output_labels": 1})
+    with pytest.raises(ValueError, match=naming(key)):
+        encoders.read_config(path)
+
+
 def test_is_encoder_of_decoder_without_pooling_is_false() -> None:
     decoders = GOLDEN.parent / "transformer" / "gguf"
     assert not encoders.is_encoder(decoders / "qwen3.gguf")
