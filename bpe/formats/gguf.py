@@ -39,6 +39,9 @@ _GGML = "tokenizer.ggml."
 _MODELS = {  # values of tokenizer.ggml.model that are not supported
     "bert": "a WordPiece vocabulary of an encoder model",
     "rwkv": "a vocabulary of RWKV",
+    "plamo2": "a vocabulary of PLaMo 2",
+    "hybriddna": "a vocabulary of text and DNA",
+    "whitespace": "a vocabulary that drops all whitespace",
     "no_vocab": "no vocabulary",
     "none": "no vocabulary",
 }
@@ -58,17 +61,23 @@ _READ_KEYS = {"model", "pre", "tokens", "token_type", "merges", "scores", "add_b
 _UNUSED_KEYS = {"token_type_count"}
 
 
+Flags = Mapping[int, Mapping[str, bool]]  # id of an added token to its flags, as in AddedToken
+
+
 class _Kind(NamedTuple):
     """The reader of the vocabularies with one value of `tokenizer.ggml.model`.
 
     Attributes:
-        read: function of metadata, tokens, token types, name of the encoding, and name of the file
-            that returns the encoding, and the default of `add_bos_token`.
+        read: function of metadata, tokens, token types, flags of tokens by id, name of the
+            encoding, and name of the file that returns the encoding, and the default of
+            `add_bos_token`.
         settings: the keys of `_NEUTRAL` that `read` supports.
         add_eos: the default of `add_eos_token`.
     """
 
-    read: Callable[[Mapping[str, Any], list[str], list[int], str, str], tuple[Encoding, bool]]
+    read: Callable[
+        [Mapping[str, Any], list[str], list[int], Flags, str, str], tuple[Encoding, bool]
+    ]
     settings: frozenset[str] = frozenset()
     add_eos: bool = False
 
@@ -105,7 +114,8 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
             f"for {len(tokens)} items of {_GGML}tokens"
         )
     name = to_text(metadata.get("general.name"))
-    encoding, add_bos = kind.read(meta, tokens, types, name, source)
+    flags = _added_token_flags(metadata, tokens, types)
+    encoding, add_bos = kind.read(meta, tokens, types, flags, name, source)
 
     def token_id(name: str) -> int | None:
         id = meta.get(f"{_GGML}{name}_token_id")
@@ -170,10 +180,47 @@ def _check_keys(meta: Mapping[str, Any], kind: _Kind, source: str) -> None:
     )
 
 
+def _added_token_flags(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> Flags:
+    """Return the flags of added tokens, which llama.cpp knows by the name of a model.
+
+    GGUF files have no key for them. Without them, a prompt of Phi-3 has a newline after each role
+    that the model was trained without.
+    """
+    name = to_text(metadata.get("general.name")).lower()
+    if "phi-3" in name or "phi3" in name:
+        kept = {"<unk>", "<s>", "<|endoftext|>"}
+        return {
+            id: {"rstrip": True}
+            for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if token not in kept and (kind in (CONTROL, USER_DEFINED) or token == "</s>")
+        }
+    pre = to_text(metadata.get(_GGML + "pre"))
+    architecture = to_text(metadata.get("general.architecture"))
+    if pre.startswith(("jina-v2-de", "jina-v2-es", "jina-v2-code")) or architecture in (
+        "nomic-bert-moe",
+        "jina-bert-v3",
+    ):
+        mask = "<mask>"
+    elif "modern-bert" in name:
+        mask = "[MASK]"
+    else:
+        return {}
+    return {id: {"lstrip": True} for id, token in enumerate(tokens) if token == mask}
+
+
 def _read_byte_level(
-    meta: Mapping[str, Any], tokens: list[str], types: list[int], name: str, source: str
+    meta: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+    flags: Flags,
+    name: str,
+    source: str,
 ) -> tuple[Encoding, bool]:
     pre = to_text(meta.get(_GGML + "pre"))
+    if pre in _CHARACTER_PRES:
+        return _read_gemma4(meta, tokens, types, flags, name, source)
     if not pre:
         warn_once(
             log,
@@ -193,8 +240,10 @@ def _read_byte_level(
             raise ValueError(
                 f"{source}: {_GGML}token_type[{id}] is {token_type}; supported values: 1, 3, 4, 5"
             )
-        if token_type == USER_DEFINED and is_plain_text(token):
-            added.append(AddedToken(content=token, id=id, special=False))
+        is_text = token_type == USER_DEFINED and is_plain_text(token)
+        if is_text or id in flags:
+            added.append(AddedToken(content=token, id=id, special=not is_text, **flags.get(id, {})))
+        if is_text:
             continue
         vocab = ordinary if token_type == NORMAL else special
         if vocab.setdefault(token, id) != id:
@@ -217,6 +266,7 @@ def _read_sentencepiece(
     meta: Mapping[str, Any],
     tokens: list[str],
     types: list[int],
+    flags: Flags,
     name: str,
     source: str,
     *,
@@ -242,11 +292,20 @@ def _read_sentencepiece(
         add_dummy_prefix=bool(add_space),
         remove_extra_whitespaces=bool(meta.get(_GGML + "remove_extra_whitespaces", False)),
     )
-    return _build_sentencepiece(model, name, source), model_type == BPE
+    return _build_sentencepiece(model, flags, name, source), model_type == BPE
+
+
+# Values of tokenizer.ggml.pre with which byte-level BPE ("gpt2") has merges of characters instead.
+_CHARACTER_PRES = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")
 
 
 def _read_gemma4(
-    meta: Mapping[str, Any], tokens: list[str], types: list[int], name: str, source: str
+    meta: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+    flags: Flags,
+    name: str,
+    source: str,
 ) -> tuple[Encoding, bool]:
     merges: list[tuple[str, str]] = []
     for i, merge in enumerate(map(to_text, get_array(meta, _GGML + "merges", source))):
@@ -265,11 +324,13 @@ def _read_gemma4(
         add_dummy_prefix=bool(meta.get(_GGML + "add_space_prefix", False)),
         remove_extra_whitespaces=False,
     )
-    return _build_sentencepiece(model, name, source, merges), True
+    add_bos = to_text(meta.get(_GGML + "pre")) != "sarvam-moe"
+    return _build_sentencepiece(model, flags, name, source, merges), add_bos
 
 
 def _build_sentencepiece(
     model: SentencePieceModel,
+    flags: Flags,
     name: str,
     source: str,
     merges: Sequence[tuple[str, str]] | None = None,
@@ -281,6 +342,9 @@ def _build_sentencepiece(
         where=f"{source}: {_GGML}tokens",
         prefix_after_tokens=True,
         raw_user_defined=True,
+        added_tokens=[
+            AddedToken(content=model.pieces[id], id=id, **values) for id, values in flags.items()
+        ],
         merges=merges,
     )
 
@@ -291,10 +355,10 @@ def _int8_bytes(values: Any) -> bytes:
 
 
 _KINDS = {
-    "gpt2": _Kind(_read_byte_level),
+    "gpt2": _Kind(_read_byte_level, frozenset({"add_eos_token", "add_sep_token"})),
     "llama": _Kind(
         functools.partial(_read_sentencepiece, model_type=BPE),
-        frozenset({"add_space_prefix", "remove_extra_whitespaces"}),
+        frozenset({"add_eos_token", "add_space_prefix", "remove_extra_whitespaces"}),
     ),
     "gemma4": _Kind(_read_gemma4, frozenset({"add_space_prefix"})),
     "t5": _Kind(
@@ -325,7 +389,7 @@ def read_gguf_metadata(path: Path) -> dict[str, Any]:
         return {
             key: field.contents()
             for key, field in reader.fields.items()
-            if key.startswith(("tokenizer.", "general.name"))
+            if key.startswith(("tokenizer.", "general.name", "general.architecture"))
         }
     except Exception as error:  # for a damaged file, the library raises errors of any type
         raise ValueError(f"{path} is not a readable GGUF file: {error}") from error

@@ -1,10 +1,10 @@
 """The split patterns of the pre-tokenizers that GGUF files name in `tokenizer.ggml.pre`.
 
-The groups of names are those of llama.cpp (`llama-vocab.cpp`), without the pre-tokenizers that need
-more than split patterns (kimi-k2, afmoe). Where llama.cpp adapts a pattern to its regex engine, the
-pattern here is that of the original tokenizer.json. GGUF files do not contain the normalization,
-and llama.cpp does not apply it; this module adds it as in the Hugging Face tokenizer with which the
-model was trained.
+The groups of names are those of llama.cpp (`llama-vocab.cpp`), without "whitespace", which drops
+characters. Where llama.cpp adapts a pattern to its regex engine, or splits by code (kimi-k2 and
+afmoe), the pattern here is that of the original tokenizer.json. GGUF files do not contain the
+normalization, and llama.cpp does not apply it; this module adds it as in the Hugging Face tokenizer
+with which the model was trained.
 """
 
 from __future__ import annotations
@@ -87,6 +87,57 @@ _BAILINGMOE = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+_SPARK = (
+    r"\p{N}{1,3}",
+    r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+    r" ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+",
+    r"\p{N}",
+)
+_YOUTU = (
+    r"[\uac00-\ud7a3\u3131-\u318e]+|"
+    r"[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+|"
+    r"[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "|".join(
+        [
+            *(f"{word}{_CONTRACTIONS}?" for word in _CASED_WORDS),
+            r"\p{N}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            _SPACES,
+        ]
+    ),
+)
+_NO_HAN_CAPITALS, _NO_HAN_SMALL = rf"(?:(?!\p{{Han}}){_CAPITALS})", rf"(?:(?!\p{{Han}}){_SMALL})"
+_KIMI_K2 = "|".join(
+    [
+        r"\p{Han}+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_NO_HAN_CAPITALS}*{_NO_HAN_SMALL}+{_CONTRACTIONS}?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_NO_HAN_CAPITALS}+{_NO_HAN_SMALL}*{_CONTRACTIONS}?",
+        r"\p{N}{1,3}",
+        _SYMBOLS,
+        _SPACES,
+    ]
+)
+_AFMOE = (
+    r"(?<!\p{N})\p{N}{1,2}(?=(?:\p{N}{3})*(?!\p{N}))|\p{N}{3}",  # groups of three from the right
+    r"[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf"
+    r"\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af"
+    r"\u1100-\u11ff]+",
+    _DEEPSEEK_V3[2],
+)
+_MINICPM5 = (
+    r"\p{N}{1,3}",
+    rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}+|{_SYMBOLS}|{_SPACES}",
+)
+_UFAKZEKA = rf"{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}"
+_CHAMELEON = (
+    "<sentinel:[0-9]+>",
+    "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+    r"([\t\n]|    |  )",
+    r"\p{N}",
+    r"[\p{P}!-/:-@\[-`{-~]",
+    GPT2,
+)
 _SEED_CODER = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
 _JAIS2 = (
     rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|\s*[\r\n]+|"
@@ -101,23 +152,33 @@ _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 _GROUPS: dict[str, PreTokenizer] = {
     "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 jais trillion granite-docling"
-    " jina-es jina-de jina-v2-es jina-v2-de": PreTokenizer((GPT2,)),
-    "mpt olmo": PreTokenizer((GPT2,), normalization="NFC"),
+    " jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe": PreTokenizer(
+        (GPT2,)
+    ),
+    "mpt olmo modern-bert": PreTokenizer((GPT2,), normalization="NFC"),
     "default": PreTokenizer(DEFAULT),
     "smollm starcoder refact codeshell exaone minerva-7b mellum2": PreTokenizer((SMOLLM,)),
     "command-r": PreTokenizer((SMOLLM,), normalization="NFC"),
     "falcon": PreTokenizer(_FALCON),
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": PreTokenizer(
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": PreTokenizer(
         (LLAMA3,), ignore_merges=True, add_bos=True
     ),
     "dbrx smaug-bpe chatglm-bpe": PreTokenizer((LLAMA3,)),
     "glm4 glm5": PreTokenizer((LLAMA3,), ignore_merges=True),
     "jais-2": PreTokenizer((_JAIS2,)),
-    "qwen2 deepseek-r1-qwen": PreTokenizer((QWEN2,), normalization="NFC"),
+    "qwen2 deepseek-r1-qwen f2llmv2": PreTokenizer((QWEN2,), normalization="NFC"),
     "qwen35": PreTokenizer((_QWEN35,)),
     "megrez kormo stablelm2 hunyuan solar-open grok-2": PreTokenizer((QWEN2,)),
     "laguna": PreTokenizer((r"[^\n]+|[\n]+", QWEN2)),
     "gpt-4o llama4 kanana2 talkie minimax-m2": PreTokenizer((O200K,)),
+    "granite-embed-multi-97m": PreTokenizer((O200K,), ignore_merges=True),
+    "kimi-k2": PreTokenizer((_KIMI_K2,)),
+    "youtu": PreTokenizer(_YOUTU, ignore_merges=True),
+    "spark2_5": PreTokenizer(_SPARK),
+    "afmoe": PreTokenizer(_AFMOE),
+    "minicpm5": PreTokenizer(_MINICPM5, ignore_merges=True),
+    "ufakzeka": PreTokenizer((_UFAKZEKA,)),
+    "chameleon": PreTokenizer(_CHAMELEON, add_bos=True),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     "tiny_aya cohere2moe": PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", O200K)),
     "deepseek-llm": PreTokenizer(_DEEPSEEK_LLM),

@@ -10,7 +10,7 @@ import pytest
 import bpe
 from bpe.formats import bytes_to_unicode
 from bpe.log_once import warn_once
-from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
+from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM, split
 from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
 from tests.naming import names, naming
@@ -450,10 +450,11 @@ def test_gguf_llama3_adds_bos_and_ignores_merges():
     [
         ("gpt-2 phi-2 exaone4 gigachat jina-es", GPT2, False),
         ("smollm starcoder refact codeshell", SMOLLM, False),
-        ("llama-bpe llama3 llama-v3 falcon3 lfm2", LLAMA3, True),
+        ("jina-v1-en jina-v2-code roberta-bpe modern-bert", GPT2, False),
+        ("llama-bpe llama3 llama-v3 falcon3 lfm2 jina-v5-nano", LLAMA3, True),
         ("smaug-bpe dbrx glm4 chatglm-bpe", LLAMA3, False),
-        ("qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan", QWEN2, False),
-        ("gpt-4o llama4", O200K, False),
+        ("qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan f2llmv2", QWEN2, False),
+        ("gpt-4o llama4 granite-embed-multi-97m", O200K, False),
     ],
 )
 def test_gguf_pre_names_of_group_share_pattern(names, pattern, bos):
@@ -464,6 +465,78 @@ def test_gguf_pre_names_of_group_share_pattern(names, pattern, bos):
         tokenizer = bpe.from_gguf(meta)
         assert [rule.pattern for rule in tokenizer.encoding._patterns] == [pattern]
         assert tokenizer.add_bos == bos
+
+
+PIECES_TEXT = "Hi, 12345678 we'll 1990年の日本 ไทย x\n\n\ty.<sentinel:3>  한국어"
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        (
+            "kimi-k2",
+            "Hi|,| |123|456|78| we'll| |199|0|"
+            "年|の|日本| ไทย| x|\n\n|\ty|.<|sentinel|:|3|>| | 한국어",
+        ),
+        (
+            "afmoe",
+            "Hi|,| |12|345|678| we|'ll| |1|990|"
+            "年の日本| |ไ|ทย| x|\n\n|\ty|.<|sentinel|:|3|>|  |한국어",
+        ),
+        (
+            "youtu",
+            "Hi|,| |1|2|3|4|5|6|7|8| we'll| |1|9|9|0|"
+            "年の日本| ไทย| x|\n\n|\ty|.<|sentinel|:|3|>|  |한국어",
+        ),
+        (
+            "spark2_5",
+            "Hi|,| |1|2|3|4|5|6|7|8| we|'ll| |1|9|9|0|"
+            "年の日本| ไทย| x|\n|\n|\ty|.<|sentinel|:|3|>| | 한국어",
+        ),
+        (
+            "minicpm5",
+            "Hi|,| |123|456|78| we|'ll| |199|0|"
+            "年の日本| ไทย| x|\n\n|\ty|.<|sentinel|:|3|>| | 한국어",
+        ),
+        (
+            "ufakzeka",
+            "Hi|,| |1|2|3|4|5|6|7|8| we|'ll| |1|9|9|0|"
+            "年の日本| ไทย| x|\n\n|\ty|.<|sentinel|:|3|>| | 한국어",
+        ),
+        (
+            "chameleon",
+            "Hi|,| |1|2|3|4|5|6|7|8| we|'|ll| |1|9|9|0|"
+            "年の日本| ไทย| x|\n|\n|\t|y|.|<|sentinel|:|3|>|  |한국어",
+        ),
+    ],
+)
+def test_gguf_pre_name_splits_as_llama_cpp(name, pieces):
+    meta = tiny.gguf_metadata() | {"tokenizer.ggml.pre": name}
+    encoding = bpe.from_gguf(meta).encoding
+    assert "|".join(split(encoding._patterns, PIECES_TEXT)) == pieces
+
+
+def test_gguf_of_encoder_adds_eos():
+    """Bug: GGUF files of RoBERTa and Qwen3-Embedding were refused because of these flags."""
+    flags = {"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_sep_token": True}
+    tokenizer = bpe.from_gguf(tiny.gguf_metadata() | flags)
+    assert (tokenizer.add_bos, tokenizer.add_eos) == (False, True)
+
+
+@pytest.mark.parametrize("pre", ["gemma4", "sarvam-moe", "granite-embed-multi-311m"])
+def test_gguf_pre_name_of_characters_reads_merges_of_characters(pre):
+    meta = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["<unk>", "\u2581", "a", "\u2581a", "é"]
+        + [f"<0x{byte:02X}>" for byte in range(256)],
+        "tokenizer.ggml.token_type": [2, 1, 1, 1, 1] + [6] * 256,
+        "tokenizer.ggml.merges": ["\u2581 a"],
+        "tokenizer.ggml.bos_token_id": 0,
+    }
+    tokenizer = bpe.from_gguf(meta)
+    assert tokenizer.encoding.encode_ordinary("a aé\n") == [2, 3, 4, 5 + 10]
+    assert tokenizer.add_bos == (pre != "sarvam-moe")
 
 
 def test_gguf_metadata_with_irrelevant_keys_loads():
@@ -493,13 +566,12 @@ def test_gguf_metadata_with_irrelevant_keys_loads():
     ("key", "value", "facts"),
     [
         ("model", "bert", ["model", "'bert'"]),
-        ("add_sep_token", True, ["add_sep_token"]),
         ("remove_extra_whitespaces", True, ["remove_extra_whitespaces"]),
         ("normalizer.lowercase", True, ["normalizer.lowercase"]),
         ("precompiled_charsmap", [1, 2], ["precompiled_charsmap"]),
         ("model", ..., ["model", "''"]),
         ("pre", "surprise", ["pre", "'surprise'"]),
-        ("add_eos_token", True, ["add_eos_token", True]),
+        ("pre", "whitespace", ["pre", "'whitespace'"]),
         ("add_space_prefix", True, ["add_space_prefix", True]),
         ("tokens", ..., ["tokens"]),
         ("tokens", "abc", ["tokens", "str"]),
