@@ -263,7 +263,7 @@ class ChatTemplate:
             for message in messages:
                 if isinstance(message, dict) and message.get("role") == "developer":
                     message["role"] = "system"
-        return messages, tools
+        return [_with_reasoning_names(message) for message in messages], tools
 
     def _run(self, messages: Any, tools: Any, add_generation_prompt: bool, **variables: Any) -> str:
         from bpe.sandbox import MAX_SIZE, metered, value_size
@@ -332,6 +332,19 @@ def _map_strings(function: Callable[[str], str], value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_map_strings(function, item) for item in value]
     raise ValueError(f"messages and tools must have JSON types only, got {type(value).__name__}")
+
+
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+
+
+def _with_reasoning_names(message: Any) -> Any:
+    """Copy the reasoning of a message to the names that templates read, as transformers does."""
+    if not isinstance(message, dict):
+        return message
+    values = (message[name] for name in _REASONING_NAMES if message.get(name) is not None)
+    if (reasoning := next(values, None)) is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 @functools.lru_cache(maxsize=16)

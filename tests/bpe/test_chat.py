@@ -71,6 +71,14 @@ def test_developer_role_without_template_support_becomes_system():
     assert developer[0]["role"] == "developer"
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_the_names_that_templates_read(name):
+    """As in transformers: gpt-oss reads `thinking`, others `reasoning_content`."""
+    template = ChatTemplate("{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}")
+    assert template.render([assistant("a", **{name: "Hm"})]) == "Hm|Hm"
+    assert template.render([assistant("a")]) == "|"
+
+
 def test_raise_exception_in_template_raises_value_error():
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="roles must alternate"):
