@@ -35,6 +35,7 @@ class CharacterBpe:
         vocab: the byte-level vocabulary; its ids are internal.
         expansions: the ids of the model that each internal id expands to.
         has_ties: whether two tokens have the same score, so that merges have equal ranks.
+        byte_ids: the id of each byte, or None.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class CharacterBpe:
             ValueError: if a merge has a pair or a result that is not a token, or is repeated.
         """
         self._unk_id = unk_id
-        self._pieces, self._byte_ids = pieces, byte_ids
+        self._pieces, self.byte_ids = pieces, byte_ids
         characters = sorted({character.encode() for piece in pieces for character in piece})
         # All UTF-8 prefixes of two to four bytes of the characters, the shorter ones first.
         parts = {c[:n]: c[: n - 1] for n in range(2, 5) for c in characters if n <= len(c)}
@@ -109,8 +110,8 @@ class CharacterBpe:
             id = None
         if id is not None:
             return (id,)
-        if self._byte_ids is not None:
-            return tuple(self._byte_ids[byte] for byte in token)
+        if self.byte_ids is not None:
+            return tuple(self.byte_ids[byte] for byte in token)
         if self._unk_id is None:
             return ()
         return (self._unk_id,) * sum(not 0x80 <= byte < 0xC0 for byte in token)

@@ -151,11 +151,11 @@ class Strip:
 
 @dataclass(frozen=True)
 class Lowercase:
-    """Convert letters to lower case."""
+    """Convert letters to lower case, each by itself."""
 
     def __call__(self, text: str, position: str) -> str:
         """Return the normalized text."""
-        return text.lower()
+        return text.replace("\u03a3", "\u03c3").lower()  # Python's lower knows the final sigma
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,10 @@ class StripAccents:
 
     def __call__(self, text: str, position: str) -> str:
         """Return the normalized text."""
-        return regex.sub(r"\p{M}", "", text)
+        if text.isascii():
+            return text
+        # The tables of Python are as old as those of tokenizers, unlike those of `regex`.
+        return "".join(c for c in text if not unicodedata.category(c).startswith("M"))
 
 
 @dataclass(frozen=True)

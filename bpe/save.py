@@ -8,6 +8,7 @@ read these files with the same result.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bpe.added_tokens import AddedToken
 from bpe.encoding import Encoding
 from bpe.formats import bytes_to_unicode
 from bpe.merge import NO_MERGE, merge
@@ -55,13 +57,14 @@ def tiktoken_lines(encoding: Encoding) -> str:
 
     Raises:
         ValueError: if the ids are not merge ranks, because the encoding has a list of merges (from
-            a Hugging Face or GGUF file), a normalization, or dropped bytes.
+            a Hugging Face or GGUF file), a normalization, or dropped bytes; or if it has added
+            tokens other than special ones.
     """
-    _check_byte_level(encoding)
-    if encoding.merges is not None or encoding.normalization or encoding.dropped_bytes:
+    is_plain = encoding.patterns and not encoding.added_tokens and encoding.merges is None
+    if not is_plain or encoding.normalization or encoding.dropped_bytes:
         raise ValueError(
-            f"{encoding!r} cannot be saved as a .tiktoken file: its ids are not merge ranks; "
-            "save it as tokenizer.json"
+            f"{encoding!r} cannot be saved as a .tiktoken file: its ids are not merge ranks, or it "
+            "has added tokens; save it as tokenizer.json"
         )
     return "".join(
         f"{base64.b64encode(token).decode()} {encoding.ranks[token]}\n"
@@ -75,10 +78,14 @@ def tokenizer_json(encoding: Encoding) -> str:
     If two special tokens have the same id, as in o200k_harmony, tokenizers uses only the last.
 
     Raises:
-        ValueError: if tokenizers would interpret the split pattern differently, or if a special
-            token has the same text as an ordinary token.
+        ValueError: if tokenizers would interpret the split pattern differently, if an added token
+            has the same text as an ordinary token, or if a vocabulary of SentencePiece has a
+            setting that tokenizers has not (`save_sentencepiece`).
     """
-    _check_byte_level(encoding)
+    if not encoding.patterns:
+        from bpe.save_sentencepiece import sentencepiece_spec  # loads NumPy
+
+        return _to_json(sentencepiece_spec(encoding))
     characters = bytes_to_unicode()
 
     def as_text(token: bytes) -> str:
@@ -92,14 +99,8 @@ def tokenizer_json(encoding: Encoding) -> str:
             for token in _by_rank(encoding.ranks)
             if (pair := _recover_pair(token, encoding.ranks))
         ]
-    # Special tokens are also added to the vocabulary; otherwise tokenizers would renumber them.
     vocab = {as_text(token): id for token, id in encoding.ranks.items()}
-    for token, id in encoding.special_tokens.items():
-        if vocab.setdefault(token, id) != id:
-            raise ValueError(
-                f"{encoding!r} cannot be saved as a tokenizer.json: the special token {token!r} "
-                f"has the same text as the token {vocab[token]}"
-            )
+    vocab |= {token.decode(): id for id, token in encoding.unreachable_tokens.items()}
     splits = [
         {
             "type": "Split",
@@ -110,23 +111,11 @@ def tokenizer_json(encoding: Encoding) -> str:
         for pattern in encoding.patterns
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    added = [
-        {
-            "id": id,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token, id in sorted(encoding.special_tokens.items(), key=lambda item: item[1])
-    ]
     spec: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": added_tokens(encoding, vocab),
         "normalizer": {"type": encoding.normalization} if encoding.normalization else None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -147,27 +136,37 @@ def tokenizer_json(encoding: Encoding) -> str:
             "merges": [[as_text(left), as_text(right)] for left, right in pairs],
         },
     }
+    return _to_json(spec)
+
+
+def _to_json(spec: Mapping[str, Any]) -> str:
     return json.dumps(spec, ensure_ascii=False, indent=1) + "\n"
 
 
-def _check_byte_level(encoding: Encoding) -> None:
-    if not encoding.patterns:
-        raise ValueError(
-            f"{encoding!r} is a vocabulary of characters (SentencePiece), which cannot be saved; "
-            "copy the files that it was read from"
-        )
-    if encoding.unreachable_tokens or any(
-        token.lstrip or token.rstrip or token.single_word for token in encoding.added_tokens
-    ):
-        raise ValueError(
-            f"{encoding!r} has unreachable tokens, or added tokens with lstrip, rstrip or "
-            "single_word, which cannot be saved; copy the files that it was read from"
-        )
-    if texts := [token.content for token in encoding.added_tokens if not token.special]:
-        raise ValueError(
-            f"{encoding!r} has the added token {texts[0]!r}, which is not special and cannot be "
-            "saved; copy the files that it was read from"
-        )
+def added_tokens(encoding: Encoding, vocab: dict[str, int]) -> list[dict[str, Any]]:
+    """Return `added_tokens` of a tokenizer.json, and add the tokens to the vocabulary.
+
+    tokenizers would renumber added tokens that are not in the vocabulary.
+
+    Args:
+        encoding: the encoding.
+        vocab: token to id; is changed.
+
+    Raises:
+        ValueError: if an added token has the same text as an ordinary token.
+    """
+    tokens = {text: AddedToken(content=text, id=id) for text, id in encoding.special_tokens.items()}
+    tokens |= {token.content: token for token in encoding.added_tokens}
+    for token in tokens.values():
+        if vocab.setdefault(token.content, token.id) != token.id:
+            kind = "special" if token.special else "added"
+            raise ValueError(
+                f"{encoding!r} cannot be saved as a tokenizer.json: the {kind} token "
+                f"{token.content!r} has the same text as the token {vocab[token.content]}"
+            )
+    return [
+        dataclasses.asdict(token) for token in sorted(tokens.values(), key=lambda token: token.id)
+    ]
 
 
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

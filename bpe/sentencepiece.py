@@ -44,6 +44,7 @@ class SentencePiece(Encoding):
     Attributes:
         model: the model that encodes segments: `CharacterBpe` or `Unigram`.
         unk_id: the id of characters without a token and without bytes, or None.
+        normalizer: the steps of the normalization.
         dummy_prefix: whether a space is put before a text, which decoding drops.
     """
 
@@ -105,7 +106,7 @@ class SentencePiece(Encoding):
         self.model, self.unk_id = model, unk_id
         self.dummy_prefix = dummy_prefix
         self._fused_id = unk_id if fuse_unk else None
-        self._normalizer, self._normalize_added = normalizer, normalize_added
+        self.normalizer, self._normalize_added = normalizer, normalize_added
         self._pre_tokenizer, self._metaspace = pre_tokenizer, metaspace
         self._split_before_space = split_before_space
         # The attributes of a byte-level vocabulary.
@@ -128,7 +129,7 @@ class SentencePiece(Encoding):
         for token in splitter.tokens:
             content = token.content
             if self._normalize_added:
-                content = self._normalizer(content, "start")
+                content = self.normalizer(content, "start")
             content = content.replace(SPACE_SYMBOL, " ")
             tokens.append(dataclasses.replace(token, content=content))
         return token_splitter(frozenset(tokens))
@@ -142,7 +143,7 @@ class SentencePiece(Encoding):
                 items.append(part.id)
                 position = "after token"
                 continue
-            text = self._normalizer(part, position)
+            text = self.normalizer(part, position)
             if SPACE_SYMBOL in text:
                 text = text.replace(SPACE_SYMBOL, " ")
             for item in self._split_at_tokens(text, allowed, normalized=True):

@@ -193,7 +193,7 @@ def build_encoding(
             continue
         elif kind in (NORMAL, UNUSED):
             known, value = pieces, text.replace(SPACE_SYMBOL, " ")
-            if kind == UNUSED:
+            if kind == UNUSED and (model.model_type == UNIGRAM or len(value) > 1):
                 unused.add(value)
         else:
             raise ValueError(f"{where}: piece {id} has the type {kind}; supported values: 1 to 6")
@@ -259,6 +259,8 @@ def _build_model(
             for left, right in merges
         ]
         return CharacterBpe(name, pieces, merges=pairs, **options)
+    if model.model_type == UNIGRAM:
+        pieces = {piece: id for piece, id in pieces.items() if piece not in unused}
     scores = {piece: model.scores[id] for piece, id in pieces.items()}
     if bad := [piece for piece, score in scores.items() if not math.isfinite(score)]:
         raise ValueError(

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bpe
-from bpe import explain
+from bpe import explain, normalizers
 from bpe.fast_piece_encoder import FastPieceEncoder
-from bpe.save import save
+from bpe.save import save, tokenizer_json
 from bpe.unigram import Unigram
 from tests.bpe.conftest import GOLDEN
 from tests.naming import naming
@@ -292,7 +292,143 @@ def test_explain_lists_lattice_and_best_path(load_model):
     assert explain.explain(encoding, "the")
 
 
-def test_save_of_vocabulary_of_characters_is_rejected(tmp_path, load_model):
-    for name in ("t.json", "t.tiktoken"):
-        with pytest.raises(ValueError, match="SentencePiece"):
-            save(load_model("llama").encoding, tmp_path / name)
+def gguf_tokenizer(name: str, **more) -> bpe.Tokenizer:
+    data = base64.b64decode(CONTENT["models"][name]["model"])
+    return bpe.from_gguf(gguf_metadata(data, "llama", **more))
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("llama", True), ("gemma", False)])
+def test_saved_vocabulary_loads_with_same_ids(tmp_path, name, prefix):
+    encoding = gguf_tokenizer(name, add_space_prefix=prefix).encoding
+    path = tmp_path / "tokenizer.json"
+    save(encoding, path)
+    loaded = bpe.load(path).encoding
+    assert loaded.special_tokens == encoding.special_tokens
+    for text in [*TEXTS, " ".join(TEXTS)]:
+        ids = encoding.encode(text, allowed_special="all")
+        assert loaded.encode(text, allowed_special="all") == ids
+        assert loaded.decode(ids) == encoding.decode(ids)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "prefix"), [("llama", True), ("gemma", False)])
+def test_saved_vocabulary_has_same_ids_in_tokenizers(name, prefix):
+    tokenizers = pytest.importorskip("tokenizers")
+    encoding = gguf_tokenizer(name, add_space_prefix=prefix).encoding
+    huggingface = tokenizers.Tokenizer.from_str(tokenizer_json(encoding))
+    for text in [*TEXTS, " ".join(TEXTS)]:
+        ids = encoding.encode(text, allowed_special="all")
+        assert huggingface.encode(text).ids == ids
+        assert huggingface.decode(ids, skip_special_tokens=False) == encoding.decode(ids)
+
+
+@pytest.mark.parity
+def test_saved_runs_of_spaces_of_equal_score_have_same_ids_in_tokenizers():
+    """In Llama 2, all runs of spaces have one score."""
+    tokenizers = pytest.importorskip("tokenizers")
+    runs = ["\u2581" * n for n in range(1, 9)]
+    meta = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", *runs, "a", "\u2581a"],
+        "tokenizer.ggml.scores": [0.0, 0.0, -9.0, *[-1e9] * 7, -8.0, -1.0],
+        "tokenizer.ggml.token_type": [2, 3, *[1] * 10],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    encoding = bpe.from_gguf(meta).encoding
+    huggingface = tokenizers.Tokenizer.from_str(tokenizer_json(encoding))
+    for n in range(60):
+        for text in (" " * n, " " * n + "a", "a" + " " * n + "a "):
+            assert huggingface.encode(text).ids == encoding.encode(text)
+
+
+def test_merges_of_a_list_are_saved(tmp_path):
+    merges = ["\u2581 a", "é a", "\u2581a éa"]
+    tokens = ["<unk>", "<end>", "\u2581", "a", "\u2581a", "é", "éa", "\u2581aéa", "  "]
+    types = [2, 3, *[1] * 6, 4]
+    meta = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens + [f"<0x{byte:02X}>" for byte in range(256)],
+        "tokenizer.ggml.token_type": types + [6] * 256,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    encoding = bpe.from_gguf(meta).encoding
+    save(encoding, tmp_path / "tokenizer.json")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert [" ".join(pair) for pair in spec["model"]["merges"]] == merges
+    loaded = bpe.load(tmp_path / "tokenizer.json").encoding
+    for text in (" aéa", "a  aé", "<end> a", "\n\u4e16"):
+        ids = encoding.encode(text, allowed_special="all")
+        assert loaded.encode(text, allowed_special="all") == ids
+
+
+def test_save_refuses_what_tokenizers_cannot_represent(tmp_path, load_model, load_layout):
+    refused = {
+        "unigram": load_model("unigram").encoding,
+        "first text": load_model("llama").encoding,
+        "spaces": gguf_tokenizer("llama", remove_extra_whitespaces=True).encoding,
+        "tokenizer.json": load_layout("llama2").encoding,
+        "unused": gguf_tokenizer("llama", token_type=[2, 3, 3, *[6] * 256, *[5] * 341]).encoding,
+    }
+    for encoding in refused.values():
+        with pytest.raises(ValueError, match=naming("tokenizer.json", "copy the files")):
+            save(encoding, tmp_path / "tokenizer.json")
+        with pytest.raises(ValueError, match=naming(".tiktoken")):
+            save(encoding, tmp_path / "t.tiktoken")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unused_tokens_of_one_character_and_of_unigram():
+    """Bug: an unused token of one character raised RecursionError; Unigram used unused tokens."""
+    data = base64.b64decode(CONTENT["models"]["llama"]["model"])
+    meta = gguf_metadata(data, "llama", add_space_prefix=False)
+    types, tokens = meta["tokenizer.ggml.token_type"], meta["tokenizer.ggml.tokens"]
+    types[tokens.index("e")] = 5
+    encoding = bpe.from_gguf(meta).encoding
+    assert encoding.encode_ordinary("e") == [tokens.index("e")]
+    assert encoding.decode(encoding.encode_ordinary("e")) == "e"
+    data = base64.b64decode(CONTENT["models"]["unigram"]["model"])
+    meta = gguf_metadata(data, "t5")
+    tokens = meta["tokenizer.ggml.tokens"]
+    id = bpe.from_gguf(meta).encoding.encode_ordinary("the")[0]
+    meta["tokenizer.ggml.token_type"][id] = 5
+    assert id not in bpe.from_gguf(meta).encoding.encode_ordinary("the")
+
+
+def test_gguf_of_phi3_strips_whitespace_after_tokens():
+    """Bug: the newline after a role was encoded; GGUF files do not have this flag of tokens."""
+    data = base64.b64decode(CONTENT["models"]["llama"]["model"])
+    meta = gguf_metadata(data, "llama")
+    meta["tokenizer.ggml.tokens"] += ["<|endoftext|>", "<|user|>", "<|end|>"]
+    meta["tokenizer.ggml.scores"] += [0.0] * 3
+    meta["tokenizer.ggml.token_type"] += [3, 3, 4]
+    first = len(meta["tokenizer.ggml.tokens"]) - 3
+    encoding = bpe.from_gguf(meta | {"general.name": "Phi 3 Mini"}).encoding
+    assert len(encoding.encode("<|user|>\n", allowed_special="all")) > 1  # as in llama.cpp
+    encoding = bpe.from_gguf(meta | {"general.name": "Phi-3 Mini"}).encoding
+    low = encoding.encode_ordinary("low")
+    ids = encoding.encode("<|user|>\n low<|end|>\n</s> low", allowed_special="all")
+    assert ids == [first + 1, *low, first + 2, 2, *low]
+    for kept in ("<|endoftext|>", "<s>"):
+        ids = encoding.encode(f"{kept} low", allowed_special="all")
+        assert ids == [encoding.special_tokens[kept], *encoding.encode_ordinary(" low")]
+    parts = [("<|user|>", True), ("\n low", False), ("<|end|>", True), ("\n", False)]
+    assert encoding.encode_parts(parts) == [[first + 1], low, [first + 2], []]
+
+
+def test_gguf_of_multilingual_encoder_strips_whitespace_before_mask():
+    data = base64.b64decode(CONTENT["models"]["unigram"]["model"])
+    meta = gguf_metadata(data, "t5", add_space_prefix=True)
+    meta["tokenizer.ggml.tokens"].append("<mask>")
+    meta["tokenizer.ggml.scores"].append(0.0)
+    meta["tokenizer.ggml.token_type"].append(3)
+    meta["general.architecture"] = "nomic-bert-moe"
+    encoding = bpe.from_gguf(meta).encoding
+    ids = encoding.encode("low <mask>", allowed_special="all")
+    assert ids == [*encoding.encode_ordinary("low"), encoding.special_tokens["<mask>"]]
+
+
+def test_lowercase_has_no_final_sigma():
+    """Bug: Python writes a final sigma at the end of a word, tokenizers does not."""
+    assert normalizers.Lowercase()("ΟΔΟΣ İ", "start") == "οδοσ i\u0307"
