@@ -362,9 +362,11 @@ def _byte_level(
     get_one_of(
         get_required(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder"
     )
+    where_normalizer = f"{path}: normalizer"
+    normalization = pipeline.byte_level_normalization(spec.get("normalizer"), where_normalizer)
     for i, token in enumerate(added):
         # NFC, the only normalizer here, does not change ASCII.
-        if token.normalized and spec.get("normalizer") and not token.content.isascii():
+        if token.normalized and normalization and not token.content.isascii():
             raise ValueError(
                 f"{path}: added_tokens[{i}]: normalized is True for {token.content!r}; "
                 "supported values: None, False"
@@ -377,9 +379,7 @@ def _byte_level(
         merges=merges,
         patterns=pipeline.split_patterns(spec.get("pre_tokenizer"), f"{path}: pre_tokenizer"),
         ignore_merges=bool(ignore_merges),
-        normalization=pipeline.byte_level_normalization(
-            spec.get("normalizer"), f"{path}: normalizer"
-        ),
+        normalization=normalization,
         where=where,
     )
     if encoding.dropped_bytes and model.get("unk_token") is not None:

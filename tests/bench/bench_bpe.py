@@ -1,6 +1,11 @@
 """Benchmark BPE encoding and decoding: Pellucid compared with tiktoken, on many kinds of text.
 
     python tests/bench/bench_bpe.py [--encodings cl100k_base ...] [--rounds 6] [--megabytes 3]
+    python tests/bench/bench_bpe.py --files tokenizer.json tokenizer.model vocab.gguf ...
+
+With `--files`, the vocabularies are compared with `tokenizers`, or with `sentencepiece` if the file
+is a `tokenizer.model`, on the mixed text of tests/bpe/mixed_text.py: all texts of a round together,
+on one thread. A GGUF file is saved as tokenizer.json first.
 
 In every round, both libraries encode the same slice of text on one thread, one after the other, in
 alternating order. The token ids must be equal; otherwise the exit status is 1. No slice is used
@@ -139,6 +144,51 @@ def compare_short(name: str, rounds: int) -> None:
     print(f"{name:12} 100 bytes: {our_time:.1f} us, tiktoken {their_time:.1f} us")
 
 
+def compare_file(path: Path, rounds: int, megabytes: float) -> None:
+    """Compare a vocabulary from a file; the ids are compared by a test."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import sentencepiece
+    import tokenizers
+
+    from bpe.save import tokenizer_json
+    from tests.bpe.mixed_text import documents
+
+    encoding = bpe.load(path).encoding
+    if path.suffix == ".model":
+        peer = "sentencepiece"
+        theirs = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
+    else:
+        peer = "tokenizers"
+        is_json = path.suffix == ".json"
+        content = path.read_text(encoding="utf-8") if is_json else tokenizer_json(encoding)
+        huggingface = tokenizers.Tokenizer.from_str(content)
+        huggingface.no_truncation()
+
+        def theirs(texts: list[str]) -> list[list[int]]:
+            encoded = huggingface.encode_batch_fast(texts, add_special_tokens=False)
+            return [item.ids for item in encoded]
+
+    times: list[tuple[float, float]] = []
+    for i in range(rounds + 1):
+        texts = documents(megabytes, seed=i)
+        calls = [
+            lambda: encoding.encode_batch(texts, allowed_special="all"),  # noqa: B023
+            lambda: theirs(texts),  # noqa: B023
+        ]
+        first = timed(calls[i % 2])[0]
+        second = timed(calls[1 - i % 2])[0]
+        times.append((second, first) if i % 2 else (first, second))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    ratios = [their_time / our_time for our_time, their_time in times]
+    our_time, their_time = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    print(
+        f"{path.parent.name + '/' + path.name:40} {size:4.1f} MB {size / our_time:6.1f} "
+        f"{peer} {size / their_time:6.1f}  x{statistics.median(ratios[1:]):4.2f}  "
+        f"{format_ratios(ratios[1:])}  first {ratios[0]:.2f}",
+        flush=True,
+    )
+
+
 def report_tables(name: str) -> None:
     encoding = bpe.get_encoding(name)
     seconds, encoder = timed(lambda: FastEncoder(encoding))
@@ -195,6 +245,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="measure processor time instead of wall-clock time"
     )
+    parser.add_argument("--files", nargs="+", type=Path, help="vocabularies to compare instead")
     args = parser.parse_args()
 
     from tests.bpe import tiktoken_cache
@@ -202,6 +253,10 @@ def main() -> None:
     if args.cpu_time:
         global clock
         clock = time.process_time
+    if args.files:
+        for path in args.files:
+            compare_file(path, args.rounds, args.megabytes)
+        return
     with tempfile.TemporaryDirectory() as folder:
         tiktoken_cache.fill(Path(folder))
         import tiktoken

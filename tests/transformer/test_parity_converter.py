@@ -69,14 +69,19 @@ def protobuf(number: int, value: bytes | int | float) -> bytes:
     return varint(number << 3) + varint(value)
 
 
-def sentencepiece_model(metadata: dict) -> bytes:
-    """Return the tokenizer.model of a vocabulary: pieces, and a BPE trainer with byte fallback."""
+def sentencepiece_pieces(metadata: dict) -> bytes:
+    """Return the pieces of a vocabulary as in a tokenizer.model."""
     keys = ("tokens", "scores", "token_type")
     pieces = zip(*(metadata[f"tokenizer.ggml.{key}"] for key in keys), strict=True)
     return b"".join(
         protobuf(1, protobuf(1, piece) + protobuf(2, score) + protobuf(3, kind))
         for piece, score, kind in pieces
-    ) + protobuf(2, protobuf(3, 2) + protobuf(35, 1))
+    )
+
+
+def sentencepiece_model(metadata: dict) -> bytes:
+    """Return the tokenizer.model of a vocabulary: pieces, and a BPE trainer with byte fallback."""
+    return sentencepiece_pieces(metadata) + protobuf(2, protobuf(3, 2) + protobuf(35, 1))
 
 
 def numbers(value) -> list[float]:
