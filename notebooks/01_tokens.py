@@ -16,13 +16,15 @@
 #
 # *Needs:* a little Python. Nothing is downloaded.
 # *Takes:* 15 seconds to run, half an hour to read.
-# *Explains:* `bpe/train.py`, `bpe/pretokenize.py`, `bpe/merge.py`, `bpe/encoding.py`.
+# *Explains:* `bpe/train.py`, `bpe/pretokenize.py`, `bpe/merge.py`, `bpe/encoding.py`,
+# `bpe/unigram.py`.
 
 # %%
 import html
+import math
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import checks
@@ -30,11 +32,14 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 
 import bpe
-from bpe.explain import measure, merge_diagram
+from bpe.explain import lattice_diagram, measure, merge_diagram
+from bpe.normalizers import SentencePieceNormalizer
 from bpe.pretokenize import CL100K, GPT2, O200K, compile_pattern, split
+from bpe.sentencepiece import SentencePiece
 from bpe.train import build_vocab, count_pieces, merge_pair
 from bpe.train_fast import learn_merges
 from bpe.trainer import train
+from bpe.unigram import Unigram
 
 # %% [markdown]
 # ## 1. Text is bytes
@@ -205,7 +210,108 @@ print()
 print(merge_diagram(encoding, " naïve"))
 
 # %% [markdown]
-# ## 6. Decoding
+# ## 6. Unigram: the most probable tokens
+#
+# Merging is not the only way to encode. The vocabularies of T5 and XLM-R are *Unigram* models
+# (Kudo, 2018): each token has a probability, and a text becomes those tokens whose probabilities
+# have the highest product. The logarithm of a probability is the *score* of the token, so that
+# products become sums.
+#
+# To learn the probabilities, we start from the tokens of section 4, and from how often encoding
+# produced each of them. Then we repeat two steps: encode every word with the current scores, and
+# set the scores according to the counts of the tokens. Each repetition makes the training text more
+# probable. (SentencePiece starts from many more tokens, and then removes the least useful ones.)
+
+# %%
+words = Counter(f" {word}" for word in corpus.split())
+
+
+def count_tokens(encode) -> Counter[str]:
+    """Return how often each token occurs in all words; every character is also a token."""
+    counts = Counter({character: 1 for word in words for character in word})
+    for word, count in words.items():
+        for token in encode(word):
+            counts[token] += count
+    return counts
+
+
+def unigram_encoding(counts: Counter[str]) -> SentencePiece:
+    """Return a Unigram vocabulary whose probabilities are proportional to the counts."""
+    scores = {token: math.log(count / counts.total()) for token, count in counts.items()}
+    ids = {token: id for id, token in enumerate(scores, 1)}
+    return SentencePiece(
+        "unigram",
+        model=Unigram(ids, scores, unk_id=0),
+        pieces=ids,
+        special_tokens={"<unk>": 0},
+        unk_id=0,
+        normalizer=SentencePieceNormalizer(),  # puts a space before the first word
+        dummy_prefix=True,
+    )
+
+
+def encode_with_merges(word: str) -> list[str]:
+    tokens = [
+        token.decode("utf-8", "ignore")
+        for token in encoding.decode_tokens_bytes(encoding.encode_ordinary(word))
+    ]
+    return [token for token in tokens if token]
+
+
+unigram = unigram_encoding(count_tokens(encode_with_merges))
+log_likelihoods = []
+for _ in range(4):
+    model = unigram.model
+    paths = {word: [word[i:j] for i, j, _ in model.best_path(word)] for word in words}
+    total = sum(n * sum(model.scores[token] for token in paths[word]) for word, n in words.items())
+    log_likelihoods.append(total / words.total())
+    print(f"{unigram.n_vocab:,} tokens, {log_likelihoods[-1]:.3f} is the mean score of a word")
+    unigram = unigram_encoding(count_tokens(paths.__getitem__))
+
+# %% [markdown]
+# The tokens that are possible at each position of a word form a *lattice*. The diagram lists them
+# with their scores; a star marks the tokens of the best path.
+
+# %%
+print(lattice_diagram(unigram, " encoder"))
+
+# %% [markdown]
+# A word of $n$ characters can be divided in $2^{n-1}$ ways. It is not necessary to try them all:
+# the best path to a position consists of a last token and of the best path to the position where
+# that token begins. So one pass from left to right finds the best path: the *Viterbi algorithm*.
+# Here it is compared with trying all ways, and with merging:
+
+
+# %%
+def best_of_all(word: str) -> float:
+    """Return the highest score of all divisions of a word into tokens."""
+    scores, best = unigram.model.scores, -math.inf
+    for k in range(len(word)):
+        for cuts in combinations(range(1, len(word)), k):
+            tokens = [word[i:j] for i, j in pairwise([0, *cuts, len(word)])]
+            if all(token in scores for token in tokens):
+                best = max(best, sum(scores[token] for token in tokens))
+    return best
+
+
+print(f"{'':<14} {'Unigram':<24} {'score':>8} {'of all':>8}   merges")
+compared = []
+for example in (" tokenizers", " hamburgers", " encodings", " decode", " unequal"):
+    path = [example[i:j] for i, j, _ in unigram.model.best_path(example)]
+    score = sum(unigram.model.scores[token] for token in path)
+    compared.append((score, best_of_all(example)))
+    numbers = f"{score:8.3f} {compared[-1][1]:8.3f}"
+    print(f"{example:<14} {'|'.join(path):<24} {numbers}   {'|'.join(encode_with_merges(example))}")
+
+# %% [markdown]
+# Merging decides one pair at a time and never takes a decision back; Unigram compares whole paths.
+# In training, a model can also be shown other paths than the best, at random, so that it sees
+# several divisions of one word (*subword regularization*).
+#
+# `python -m bpe explain` draws the lattice of a Unigram vocabulary, and the merges of others.
+
+# %% [markdown]
+# ## 7. Decoding
 #
 # Decoding looks up the bytes of each id, and decodes the bytes as UTF-8. Every text can be encoded
 # and decoded without loss, even if it is unlike the training text, because each byte is a token:
@@ -240,7 +346,7 @@ print("as text: ", encoding.encode(user_text, disallowed_special=()))
 print("as token:", encoding.encode(user_text, allowed_special="all"))
 
 # %% [markdown]
-# ## 7. The vocabularies of OpenAI
+# ## 8. The vocabularies of OpenAI
 #
 # `bpe` includes the vocabularies of OpenAI's models: `gpt2` has 50,257 tokens, `cl100k_base`
 # (GPT-4)
@@ -297,7 +403,7 @@ for name, text in {
     print(f"{name:<20} {characters:>10.2f} {words:>7.2f}")
 
 # %% [markdown]
-# ## 8. Summary, as assertions
+# ## 9. Summary, as assertions
 
 # %%
 assert "".join(word) == "XdXac", "the three merges of section 2"
@@ -305,6 +411,8 @@ assert not any(b" " in token.strip() for token in with_pieces), "no token spans 
 assert any(b" " in token.strip() for token in without_pieces), "without pieces, some do"
 assert chars_per_token == sorted(chars_per_token), "more merges make longer tokens"
 assert chars_per_token[0] < 1.1, "without merges, a token is one byte"
+assert log_likelihoods == sorted(log_likelihoods), "each repetition makes the text more probable"
+assert all(math.isclose(a, b) for a, b in compared), "no path is better than that of Viterbi"
 assert all(encoding.decode(encoding.encode(text)) == text for text in random_texts)
 assert encoding.encode(user_text, allowed_special="all")[-1] == encoding.eot_token
 assert [encodings[name].n_vocab for name in NAMES] == [50257, 100277, 200019]
@@ -399,4 +507,4 @@ checks.report(checks.broken_tokens, broken_tokens)
 # </details>
 #
 # Read next: `bpe/pretokenize.py`, `bpe/merge.py`, `bpe/train.py` and `bpe/encoding.py`, in that
-# order; `bpe/wordpiece.py` about WordPiece, the tokenizer of embedding models.
+# order; `bpe/unigram.py` and `bpe/wordpiece.py` about the tokenizers of many embedding models.
