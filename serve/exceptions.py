@@ -7,7 +7,7 @@ A message says what is wrong and what to do.
 
 
 class Failure(Exception):
-    """Base class: a command failed."""
+    """The base class of the errors that end a command."""
 
     exit_code = 1
 
@@ -37,13 +37,13 @@ class Corrupt(Failure):
 
 
 class Forbidden(Failure):
-    """A source requires other credentials."""
+    """A download server requires other credentials."""
 
     exit_code = 4
 
 
 class RateLimited(Unreachable):
-    """A source answers no more requests for a while."""
+    """A download server refuses requests for a while, because there were too many."""
 
 
 class Unusable(Failure):

@@ -55,7 +55,7 @@ def read(home: Path) -> list[Key]:
 
 
 def create(home: Path, name: str) -> str:
-    """Create a key and return its text, which is not stored.
+    """Create an API key in a data folder, and return its text. Only its digest is stored.
 
     Raises:
         ValueError: The name is taken or invalid.
@@ -74,7 +74,7 @@ def create(home: Path, name: str) -> str:
 
 
 def delete(home: Path, name: str) -> None:
-    """Delete a key.
+    """Delete the API key with this name from a data folder.
 
     Raises:
         LookupError: No key has this name.
@@ -117,7 +117,10 @@ class KeyRing:
         return self._requires_key
 
     def owner(self, key: bytes) -> str | None:
-        """Return the name of a key, or None if the key is not accepted."""
+        """Return the name of an API key, or None if the key is not accepted.
+
+        The keys of `api_keys` have the names "key 1", "key 2", ...
+        """
         self._refresh()
         key_digest = digest(key)
         owner = None

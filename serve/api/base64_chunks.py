@@ -12,11 +12,11 @@ def from_base64(text: str) -> bytes:
         ValueError: The text is not base64.
     """
     if "=" in text[:-2]:
-        raise ValueError("'=' before the end")
+        raise ValueError("the text has '=' before its end")
     starts = range(0, len(text), 4 * CHUNK)
     return b"".join(base64.b64decode(text[i : i + 4 * CHUNK], validate=True) for i in starts)
 
 
 def to_base64(data: bytes) -> list[bytes]:
-    """Return the base64 of bytes as a list of chunks."""
+    """Return data in base64, as a list of chunks that together are the base64 text."""
     return [base64.b64encode(data[i : i + 3 * CHUNK]) for i in range(0, len(data), 3 * CHUNK)]

@@ -84,7 +84,14 @@ def refuse_too_long(wording: Wording, context: int, encoding: Encoding, text: st
 
 
 def _estimate(encoding: Encoding, text: str, samples: int = 16, length: int = 1024) -> int:
-    """Estimate the number of tokens of a long text from evenly spaced samples."""
+    """Estimate the number of tokens of a long text from evenly spaced parts of it.
+
+    Args:
+        encoding: The model's vocabulary.
+        text: The text.
+        samples: Number of parts to tokenize.
+        length: Length of a part, in characters.
+    """
     starts = range(0, len(text), -(-len(text) // samples))
     sampled = [text[start : start + length] for start in starts]
     tokens = sum(len(encoding.encode_ordinary(sample)) for sample in sampled)

@@ -75,7 +75,7 @@ class Prompt:
         token_ids: The token ids that the engine prefills.
         max_tokens: Maximum number of tokens to generate for a choice.
         echo_ids: The token ids of the client's prompt if the choice's text repeats it (`echo`),
-            else empty. Without a suffix they are the last of `token_ids`.
+            else empty. They are the last ids of `token_ids`, unless the request has a suffix.
         has_prompt_logprobs: Whether echoed tokens have logprobs.
         stop_ids: Ids that end a choice, in addition to the model's.
         stop_strings: Strings that end a choice, in addition to the request's.
@@ -181,7 +181,7 @@ class Generation:
                 yield index, delta
 
     async def choices(self) -> list[Choice]:
-        """Wait until all choices are finished, and return them in the order of the requests."""
+        """Wait until all choices are finished, and return them in the order of the prompts."""
         choices = [Choice() for _ in self.requests]
         async with aclosing(self.text_deltas()) as deltas:
             async for index, delta in deltas:

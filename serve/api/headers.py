@@ -25,7 +25,10 @@ API_VERSION = "2020-10-01"
 
 
 class ResponseHeaders:
-    """Pure ASGI middleware that adds headers to the start of a response and streams its body.
+    """Pure ASGI middleware that adds OpenAI's headers, such as x-request-id, to each response.
+
+    It passes the body on in chunks as they arrive. An unhandled exception becomes a 500 if the
+    response has not started.
 
     Args:
         app: The next application.

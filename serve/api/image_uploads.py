@@ -120,12 +120,16 @@ def read_edit(files: ImageFiles, may_be_opaque: bool) -> tuple[np.ndarray, np.nd
 
 
 def _edit_mask(pixels: np.ndarray) -> np.ndarray:
-    """Return 255 minus alpha, which is 255 where an image is transparent, uint8 [Y, X, 1]."""
+    """Return the mask 255 - alpha: 255 where an image is transparent, uint8 [Y, X, 1]."""
     return 255 - pixels[..., 3:]
 
 
 def decode_image(files: ImageFiles, param: str) -> np.ndarray:
     """Decode an uploaded image to RGBA, uint8 [Y, X, 4].
+
+    Args:
+        files: The bytes of the uploaded files, by field name.
+        param: The name of the field to decode.
 
     Raises:
         APIError: 400 for a file that is too large or cannot be decoded.

@@ -28,7 +28,7 @@ CAPABILITY_PREFIXES = ("/images/",)  # public, because the file names cannot be 
 
 
 class HostAndOrigin:
-    """Refuse requests with a foreign Host or Origin header with 403.
+    """Pure ASGI middleware that refuses requests with a foreign Host or Origin header (403).
 
     Args:
         app: The next application.
@@ -95,9 +95,9 @@ KEY_HINT = (
 
 
 class ApiKeys:
-    """Require a key as ``Authorization: Bearer KEY``, unless the server has no keys.
+    """Pure ASGI middleware that requires ``Authorization: Bearer KEY`` if the server has keys.
 
-    Sets the client of the request context: the key's name, or the client's address.
+    It sets `RequestContext.client` to the key's name, or to the client's address.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing):

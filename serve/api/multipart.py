@@ -117,11 +117,11 @@ def form_fields(
     Args:
         items: Name and value of each field.
         lists: Names of list fields, which are sent as `name[]` or `name`, once per item.
-        known: Names of the fields that the route knows; the last value of another one counts. None
-            for all fields.
+        known: Names of the fields that the route knows; None if it knows all. Of an unknown field
+            that is repeated, the last value counts.
 
     Raises:
-        APIError: 400 if a field has two different values.
+        APIError: 400 if a known field has two different values.
 
     >>> form_fields([("n", ""), ("seed", " "), ("size", "64x64"), ("expiry[days]", "2")])
     {'size': '64x64', 'expiry': {'days': '2'}}
@@ -157,7 +157,7 @@ class _FormReader:
 
     Attributes:
         items: Name and value of each complete field.
-        pending: Bytes of files in the last chunk, by field.
+        pending: Bytes of files that were parsed but not yet written to a sink, by field name.
         is_complete: Whether the last boundary has arrived.
     """
 

@@ -25,7 +25,7 @@ def route_docs(
     events: type[BaseModel] | None = None,
     media_type: str = "text/plain",
 ) -> dict[str, Any]:
-    """Return the keyword arguments that document a route.
+    """Return the keyword arguments of FastAPI's route decorators that document a route.
 
     Args:
         response: Model of the JSON response; None for a text response.

@@ -22,7 +22,8 @@ class RequestContext:
         arrival_time: Time at which the request arrived.
         client: Name of the API key, or the client's address.
         model: Id of the model.
-        ignored: Paths of fields without effect, as text; see `unused_fields.py`.
+        ignored: Paths of the request fields without effect, separated by commas: the value of the
+            response header ``x-pellucid-ignored``.
         prompt_tokens: Number of tokens of all prompts.
         cached_tokens: Number of prompt tokens found in the prefix cache.
         generated_tokens: Number of generated tokens.

@@ -109,7 +109,7 @@ def validate(
 
 
 def tag(value: object) -> str:
-    """Return the tag of a union's branch: "a string", "an array of integers", ...
+    """Return the tag of the union branch that a value belongs to, such as "an array of integers".
 
     An array's tag is chosen by the type of its first element.
     """

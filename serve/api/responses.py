@@ -40,7 +40,7 @@ class PageResponse(ListResponse[Item], Generic[Item]):
 
 
 class ErrorDetail(ResponseModel):
-    """What is wrong with a request, or with the server."""
+    """The description of an error: message, class, invalid field and machine-readable code."""
 
     message: str
     type: str
@@ -139,7 +139,7 @@ class PromptTokensDetails(ResponseModel):
 
 
 class CompletionTokensDetails(ResponseModel):
-    """Numbers of completion tokens by use. This server uses none of these, so all are 0."""
+    """Numbers of reasoning, audio and predicted tokens in a completion; all 0 on this server."""
 
     reasoning_tokens: Count
     audio_tokens: Count

@@ -81,7 +81,8 @@ async def event_stream(request: Request, events: Events, *, named: bool = False)
 
     Args:
         request: The request, whose body has been read.
-        events: The events; the first must not be None.
+        events: The events; None for a comment that keeps the connection open. The first must not be
+            None.
         named: Whether to name each event after its ``type``, and to omit [DONE] at the end.
     """
     first = await cancel_on_disconnect(request.receive, anext(events))
@@ -92,11 +93,11 @@ async def event_stream(request: Request, events: Events, *, named: bool = False)
 class EventStream(Response):
     """A response that sends events until they end, fail, or the client disconnects.
 
-    The iterator of the events is closed in each case.
+    At the end it closes the iterator `rest`.
 
     Args:
         first: The first event.
-        rest: The other events.
+        rest: The other events; None for a comment that keeps the connection open.
         named: Whether to name each event after its ``type``, and to omit [DONE] at the end.
     """
 

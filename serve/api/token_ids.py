@@ -101,7 +101,10 @@ def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> di
 
 
 def _imitated_encoding(name: str, model: DecoderModel) -> Encoding | None:
-    """Return the encoding of the OpenAI model `name`; None if the ids are the served model's."""
+    """Return the encoding of the OpenAI model that a request names; None for other names.
+
+    The token ids of the request belong to that encoding, or else to the served model.
+    """
     if name == model.id:
         return None
     try:

@@ -36,11 +36,12 @@ UNUSED: Any = Field(
 
 
 class Promise(NamedTuple):
-    """A field that this server refuses.
+    """The refusal of a request field that would change the response in an unsupported way.
 
     Attributes:
         reason: A sentence for the error: what the server does instead, or what to do.
-        harmless: Values that ask for what the server does anyway, besides null, false and empty.
+        harmless: Values that are accepted, because they ask for what the server does anyway. Null,
+            false and empty values are always accepted.
     """
 
     reason: str
@@ -101,7 +102,7 @@ class Unused:
 
 
 def promises_of(model: type[BaseModel]) -> dict[str, Promise]:
-    """Return the promises that a class of bodies does not keep, by field name."""
+    """Return the refused fields of a body class, as a dict from field name to `Promise`."""
     return {
         name: promise
         for base in reversed(model.__mro__)
@@ -117,7 +118,7 @@ def check_names(data: Any, model: type[BaseModel]) -> None:
         model: The class of the body.
 
     Raises:
-        APIError: 400 for a promise that this server does not keep, or a misspelt name.
+        APIError: 400 for a field of `PROMISES`, or a misspelt name.
     """
     if not isinstance(data, dict):
         return
@@ -182,10 +183,12 @@ def is_unused(model: type[BaseModel], name: str) -> bool:
 
 
 def report_unused(data: Any, body: BaseModel, *, is_strict: bool) -> str:
-    """Return the value of the header for a request; empty if all fields have an effect.
+    """Return the value of the header `HEADER`: the paths of the fields of a request without effect.
+
+    It is empty if all fields have an effect.
 
     Raises:
-        APIError: 400 for the first of the fields if `is_strict` is set.
+        APIError: 400 for the first field without effect if `is_strict` is set.
     """
     found = list(islice(unused_fields(data, body), MAX_PATHS + 1))
     for field in found:

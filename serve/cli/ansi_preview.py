@@ -39,7 +39,7 @@ class AnsiPreview:
         self._lines = len(lines)
 
     def done(self) -> None:
-        """Keep the last preview, so that the next call draws below it instead of over it."""
+        """Keep the images on the screen: the next call draws below them instead of over them."""
         self._lines = 0
 
 
@@ -47,7 +47,7 @@ def half_blocks(pictures: np.ndarray, truecolor: bool) -> list[str]:
     """Return lines of text with ANSI colours that show images side by side.
 
     Args:
-        pictures: uint8 [B, Y, X, 3]. If Y is odd, the last row of pixels is left out.
+        pictures: the images, uint8 [B, Y, X, 3]. If Y is odd, the last row of pixels is left out.
         truecolor: whether to use 24-bit colours; otherwise the nearest of 216 colours.
     """
     _, height, width, _ = pictures.shape

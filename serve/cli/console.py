@@ -72,6 +72,9 @@ def format_tokens(parts: Sequence[bytes]) -> str:
     """Return tokens side by side: coloured on a terminal, otherwise separated by bars.
 
     Bytes of a token that are not whole characters are written as escapes.
+
+    Args:
+        parts: the bytes of each token.
     """
     texts = [escape_control(part.decode(errors="backslashreplace")) for part in parts]
     if is_plain(sys.stdout):

@@ -232,7 +232,7 @@ def list_(host: Host = None, json: Json = False) -> None:
 
 
 def _result(job: dict, models: Collection[str]) -> str:
-    """Return the RESULT cell of a job: its model, the start of its error message, or "-"."""
+    """Return the RESULT of a job in the table: its model, the start of its error, or "-"."""
     if (model := job["fine_tuned_model"]) is None:
         return (job["error"] or {}).get("message", "")[:60] or "-"
     return model if model in models else f"{model} (deleted)"
@@ -283,7 +283,7 @@ def _follow(backend: JobBackend, id: str, *, json: bool, quiet: bool) -> None:
         exception = CheckFailed if job["error"]["code"].startswith("invalid_") else Failure
         raise exception(job["error"]["message"])
     if job["status"] == "cancelled":
-        raise Failure(f"{id} was cancelled")
+        raise Failure(f"the job {id} was cancelled")
     console.write_result(job, job["fine_tuned_model"], json=json)
     if not json:
         console.info(backend.usage_hint(job["fine_tuned_model"]))

@@ -298,13 +298,14 @@ def _generate(
 
     Args:
         pipeline: the model.
-        rows: one tuple per image: request, seed, and number of the image within its prompt, as in
+        rows: one tuple per image: its request, its seed, and its index within the request, as in
             `denoise_batch`.
         trajectory: whether to yield the images of all denoising steps instead of the final image.
         show: called with the predicted images after each step.
 
     Yields:
-        A prompt and its image, uint8 [1, Y, X, 3], or its trajectory of n steps, [2 n, Y, X, 3].
+        A prompt and its image, uint8 [1, Y, X, 3]; with `trajectory` the noisy images of n steps
+        and then the denoised images predicted in these steps, [2 n, Y, X, 3].
     """
     from diffusion.pipeline import to_uint8
     from serve.models.images import denoise_batch
@@ -346,12 +347,12 @@ def _postprocess(images: "np.ndarray", init_image: _InitImage | None, side: int)
 def _output_images(
     generated: "Iterable[tuple[str, np.ndarray]]", columns: int | None
 ) -> "Iterator[tuple[str, np.ndarray]]":
-    """Yield a prompt, to name the file after, and the image to write, uint8 [Y, X, 3].
+    """Yield each output image, uint8 [Y, X, 3], after the prompt that its file is named after.
 
     Args:
-        generated: prompts with images, uint8 [B, Y, X, 3].
-        columns: the columns of one grid of all images; None for one output for each prompt, in two
-            rows if it has several images.
+        generated: each prompt with its images, uint8 [B, Y, X, 3], as `_generate` yields them.
+        columns: the number of columns of a single grid of all images; None for an output image per
+            item of `generated`, which has two rows if the item has several images.
     """
     import numpy as np
 
@@ -374,7 +375,10 @@ def _is_file_name(path: Path) -> bool:
 
 
 def _output_path(output: Path | None, name: str) -> Path:
-    """Return the file that `--output` names, or a new file in that folder, named after `name`."""
+    """Return the path given by `--output`.
+
+    If it is a folder, return a new file in it, named after `name`.
+    """
     if output is not None and _is_file_name(output):
         return output
     folder = output or Path()

@@ -117,7 +117,7 @@ class LocalBackend:
         return id
 
     def jobs(self) -> list[dict]:
-        """Return all jobs, newest first; an unfinished job that nothing runs is "stopped"."""
+        """Return all jobs, newest first; an unfinished job that no process runs is "stopped"."""
         jobs, _ = self._jobs.store.page("job", newest_first=True)
         for job in jobs:
             if job["status"] not in UNFINISHED or has_active_runner(self._jobs):
@@ -142,7 +142,7 @@ class LocalBackend:
         try:
             job = self._jobs.cancel(id)
         except JobFinished:
-            raise Failure(f"{id} is already finished: its status is {status}") from None
+            raise Failure(f"the job {id} is already finished: its status is {status}") from None
         # The runner of the job stops its process, unless the runner was killed.
         if (process := JobProcess.find_running(id, self._jobs.folder(id))) is not None:
             process.stop()
@@ -159,7 +159,8 @@ class LocalBackend:
             return deleted
         if job is not None:
             raise NotFound(
-                f"{name} has no model: its status is {job['status']}, or its model was deleted"
+                f"the job {name} has no model: its status is {job['status']}, or the model was "
+                "deleted"
             )
         raise NotFound(f"there is no fine-tuned model {name}; `pellucid finetune list` shows them")
 

@@ -96,7 +96,7 @@ def _catalogue_row(model: catalogue.CatalogueEntry, known_models: catalogue.Cata
 
 
 def _hub_row(record: hub.Record) -> ModelRow:
-    """Return the fields of a model that was pulled from the hub; those in `unknown` are None."""
+    """Return the fields of a model pulled from the hub; fields without a known value are None."""
     unknown: ModelRow = dict.fromkeys(("serves", "parameters", "context", "licence", "sampling"))
     return {
         **unknown,
@@ -112,7 +112,12 @@ def _hub_row(record: hub.Record) -> ModelRow:
 
 
 def _adapter_row(adapter: adapters.AdapterMetadata, rows: list[ModelRow]) -> ModelRow:
-    """Return the fields of a fine-tuned model; fields not set here are those of its base model."""
+    """Return the fields of a fine-tuned model; those not set here are copied from its base model.
+
+    Args:
+        adapter: the metadata of the fine-tuned model.
+        rows: the rows of the catalogue and of the hub, to look up the base model.
+    """
     unknown: ModelRow = dict.fromkeys(("serves", "parameters", "context", "licence"))
     base = next((row for row in rows if row["id"] == adapter.base), None) or {
         **unknown,
@@ -133,7 +138,12 @@ def _adapter_row(adapter: adapters.AdapterMetadata, rows: list[ModelRow]) -> Mod
 
 
 def _sampling(entry: Mapping[str, float], path: Path | None) -> dict[str, Any]:
-    """Return the sampling parameters of a request that sets none."""
+    """Return the default sampling parameters of a model.
+
+    Args:
+        entry: the `sampling` of its entry in the catalogue; empty without an entry.
+        path: its GGUF file or folder, if it was pulled.
+    """
     return generation_config.resolve_params(
         {}, generation_config.read_defaults(entry, path, console.info)
     )

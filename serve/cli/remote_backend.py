@@ -125,7 +125,8 @@ class RemoteBackend:
             deleted = [id for id in ids if id in available]
             if not deleted:
                 raise NotFound(
-                    f"{name} has no model: its status is {job['status']}, or its model was deleted"
+                    f"the job {name} has no model: its status is {job['status']}, or the model was "
+                    "deleted"
                 )
         else:
             deleted = [name, *(id for id in available if id.startswith(name + CHECKPOINT_INFIX))]

@@ -172,7 +172,7 @@ def _ask(
     question: str,
     stats_line: Callable[[local_completion.LocalCompletion], str],
 ) -> None:
-    """Answer a question and add both to the conversation; on a failure, leave it unchanged."""
+    """Answer a question, and add question and answer to the conversation unless that fails."""
     try:
         prompt = local_completion.chat_prompt(model, conversation.messages(question))
         reply = local_completion.LocalCompletion(model, prompt, conversation.options)

@@ -32,7 +32,9 @@ def rm(
         if entry is not None and entry.files:
             folder = download.model_folder(entry, home)
             if not folder.is_dir():
-                raise NotFound(f"{entry.id} is not pulled")
+                raise NotFound(
+                    f"{entry.id} is not pulled: `pellucid models` lists the pulled models"
+                )
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
             disk.mark_changed(home)

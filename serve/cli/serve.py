@@ -171,7 +171,8 @@ def _open_registry(
         server_settings: the settings of the server.
         dtype: as in `LoadOptions`.
         known_models: the catalogue.
-        serve_pulled: whether to serve all other pulled models, too, as they come and go.
+        serve_pulled: whether to serve all other pulled models too, including those that are pulled
+            while the server runs.
         sampling_defaults: as in `LoadOptions`.
     """
     from serve.cli import local

@@ -33,7 +33,7 @@ def read() -> str:
 
 
 def joined(argument: str | None, piped: str | None) -> str | None:
-    """Return the argument and the piped text with an empty line between them, or None.
+    """Join the argument and the piped text by an empty line; return None if there is neither.
 
     Raises:
         WrongUsage: the argument is not UTF-8.

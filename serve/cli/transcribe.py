@@ -77,7 +77,7 @@ def transcribe(
         raise WrongUsage(f"--format {format}: use one of {', '.join(FORMATS)}")
     if len(files) > 1 and format != "text" and output_dir is None:
         raise WrongUsage(
-            f"cannot write {len(files)} {format} documents to stdout; give --output-dir"
+            f"cannot write {len(files)} transcripts as {format} to stdout; give --output-dir"
         )
     if len(files) > 1 and (spectrogram or alignment):
         raise WrongUsage(
@@ -207,12 +207,12 @@ def _plot(
 
 
 def _output_name(file: Path, format: str) -> str:
-    """Return the name of the document of an audio file."""
+    """Return the name of the file for the transcript of an audio file."""
     return f"{file.stem}.{_SUFFIX.get(format, format)}"
 
 
 def _name_clash(files: Sequence[Path]) -> tuple[Path, Path] | None:
-    """Return two audio files whose documents would have the same name, or None."""
+    """Return two audio files whose transcripts would have the same file name, or None."""
     stems: dict[str, Path] = {}
     for file in files:
         if file.stem in stems:

@@ -289,7 +289,8 @@ def check_finished(job: Job) -> None:
     """
     if job["status"] not in FINISHED:
         raise Failure(
-            f"{job['id']} is not finished: cancel it with `pellucid finetune cancel {job['id']}`"
+            f"the job {job['id']} is not finished: cancel it with "
+            f"`pellucid finetune cancel {job['id']}`"
         )
 
 

@@ -91,10 +91,13 @@ class Store:
         try:
             self._open()
         except sqlite3.OperationalError as error:  # locked, or no disk space
-            raise Failure(f"cannot open {self._path} now ({error}): try again") from None
+            raise Failure(
+                f"cannot open the database {self._path} now ({error}): try again"
+            ) from None
         except sqlite3.DatabaseError as error:
             raise Corrupt(
-                f"cannot read {self._path} ({error}): move the file away to start with a new one"
+                f"cannot read the database {self._path} ({error}): move the file away to start "
+                "with a new one"
             ) from None
         self._clean_up()
 
@@ -108,7 +111,7 @@ class Store:
         (version,) = run("PRAGMA user_version").fetchone()
         if version > VERSION:
             raise sqlite3.DatabaseError(
-                f"expected format {VERSION} or older, got {version} of a newer Pellucid"
+                f"expected database version {VERSION} or older, got {version} of a newer Pellucid"
             )
         self._database.executescript(SCHEMA)
         run(f"PRAGMA user_version = {VERSION}")

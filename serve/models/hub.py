@@ -242,7 +242,7 @@ def pull(
             `MAX_ATTEMPTS` requests.
         Unreachable: the hub cannot be reached, and the cache does not have the model.
         Corrupt: a file differs from the hash that the hub lists.
-        DoesNotFit: the model does not fit into memory, or the files not onto the disk.
+        DoesNotFit: the model does not fit into memory, or its files do not fit onto the disk.
     """
     hub_name = parse(name)
     try:
@@ -383,7 +383,15 @@ def _cached_path(listing: _Listing, file: RemoteFile) -> Path | None:
 def _explain(
     listing: _Listing, options: Sequence[Candidate], choice: Candidate, dtype: Dtype, free: int
 ) -> str:
-    """Return a sentence that says which weights were chosen, and why."""
+    """Return a sentence about the chosen weights, their memory, and the other weights.
+
+    Args:
+        listing: the files of the repository.
+        options: all weights in the repository.
+        choice: the chosen weights.
+        dtype: the dtype in which they will be loaded.
+        free: bytes of available memory.
+    """
     names = [option.label for option in options if option is not choice]
     others = f"; it also has {', '.join(names)} (append :NAME to choose one)" if names else ""
     return (
@@ -525,7 +533,7 @@ class _CountingFile(io.FileIO):
 
 
 def hash_like(expected: str, path: Path) -> str:
-    """Return the hash of a file, `sha256:HEX` or `git:HEX` as the `expected` hash."""
+    """Return the hash of a file in the format of the `expected` hash: `sha256:HEX` or `git:HEX`."""
     if expected.startswith("sha256:"):
         with path.open("rb") as file:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

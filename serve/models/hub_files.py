@@ -69,7 +69,7 @@ class Candidate:
 
 
 def candidates(files: Iterable[RemoteFile], bits: float = 16) -> list[Candidate]:
-    """Return the choices of weights in a repository: its safetensors, and each GGUF quantization.
+    """Return all weights in a repository: its safetensors, and each quantization as GGUF.
 
     Args:
         files: all files of the repository.
@@ -117,7 +117,7 @@ def choose(
 
     Args:
         repo: the name of the repository, for messages.
-        options: the weights of the repository.
+        options: all weights in the repository, as `candidates` returns them.
         file: the file or quantization that the user named.
         free: bytes of available memory.
         cached: the files that the cache has already.
@@ -166,7 +166,7 @@ def select_files(repo: str, names: Iterable[str], weights: Iterable[str]) -> lis
     Args:
         repo: the name of the repository, for the message.
         names: all files of the repository.
-        weights: the files of the weights.
+        weights: the names of the chosen weight files.
     """
     weights = list(weights)
     if weights[0].endswith(".gguf"):

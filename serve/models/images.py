@@ -76,7 +76,7 @@ class ImageRequest:
         num_images: the number of images.
         seed: the seed, for reproducible images; None for a random one.
         plan: the options of the sampler.
-        num_partial_images: the number of intermediate images to deliver of each image.
+        num_partial_images: the number of partial images to deliver before each final image.
         init_image: the image to start from; None to start from noise.
         client: the name of the client, to limit the queued images of each client.
     """
@@ -107,12 +107,12 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True)
 class ImageOutput:
-    """An intermediate or final image of a request.
+    """A partial or final image of a request.
 
     Attributes:
         index: the index of the image in its request.
-        partial_index: the index of an intermediate image, from 0, which is the network's estimate
-            of the denoised image; None for the final image.
+        partial_index: the index of a partial image, from 0; None for the final image. A partial
+            image is the network's estimate of the denoised image.
         pixels: uint8 [Y, X, 3].
     """
 
@@ -142,7 +142,11 @@ class _QueuedImage:
 
     @functools.cached_property
     def partial_steps(self) -> dict[int, int]:
-        """Return the index of the intermediate image by the step after which it is delivered."""
+        """Return the steps after which partial images are delivered.
+
+        Returns:
+            A dict from each such step to the index of its partial image.
+        """
         request = self.request
         steps = {
             round(request.num_steps * (k + 1) / (request.num_partial_images + 1))
@@ -201,7 +205,7 @@ class ImageModel:
         return len(self.tokenizer.encode(prompt, max_length=MAX_TOKENS))
 
     async def generate(self, request: ImageRequest) -> AsyncGenerator[ImageOutput, None]:
-        """Yield the intermediate and final images of a request as they are computed.
+        """Yield the partial and final images of a request as they are computed.
 
         Closing the iterator cancels the remaining work.
 

@@ -13,7 +13,7 @@ from serve.models import disk
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the entries of a file; an empty dict if the file is missing or damaged."""
+    """Return the entries of a JSON cache file; an empty dict if it is missing or damaged."""
     try:
         entries = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -22,6 +22,6 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def add(path: Path, key: str, value: Any) -> None:
-    """Add an entry to a file. If the file cannot be written, the entry is not cached."""
+    """Set an entry of a JSON cache file. If the file cannot be written, do nothing."""
     with contextlib.suppress(OSError):
         disk.replace_text(path, json.dumps(read(path) | {key: value}, indent=1))

@@ -318,9 +318,9 @@ class Registry:
         if self._memory_limit is not None and needed > self._memory_limit:
             raise CannotLoad(  # unloading others would not help
                 spec.id,
-                f"it needs {needed / 2**20:.0f} MB, more than the "
-                f"{self._memory_limit / 2**20:.0f} MB limit of all models: raise --memory-mb or "
-                "choose a smaller model",
+                f"the model needs {needed / 2**20:.0f} MB, more than the limit of "
+                f"{self._memory_limit / 2**20:.0f} MB for all models together: raise --memory-mb "
+                "or choose a smaller model",
                 is_busy=False,
             )
         while is_short():
@@ -330,8 +330,8 @@ class Registry:
                     return  # loading raises MemoryError if memory does not suffice
                 raise CannotLoad(
                     spec.id,
-                    f"it needs {needed / 2**20:.0f} MB of the "
-                    f"{self._memory_limit / 2**20:.0f} MB limit of all models, and the loaded "
+                    f"the model needs {needed / 2**20:.0f} MB of the limit of "
+                    f"{self._memory_limit / 2**20:.0f} MB for all models together, and the loaded "
                     "models are busy: try again later",
                     is_busy=True,
                 )

@@ -166,8 +166,8 @@ def load_adapted(
     metadata = adapters.read_metadata(folder)
     if (digest := fingerprint.hash_weights(path)) != metadata.weights:
         raise ValueError(
-            f"it was trained on other weights than {metadata.base} has now: expected SHA-256 "
-            f"{metadata.weights[:12]}..., got {digest[:12]}..."
+            f"the adapter was trained on other weights than {metadata.base} has now: expected "
+            f"SHA-256 {metadata.weights[:12]}..., got {digest[:12]}..."
         )
     return load_adapter(
         metadata.id,

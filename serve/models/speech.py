@@ -201,7 +201,10 @@ def load_speech_model(
 
 
 def _measure(path: Path, dtype: Dtype) -> tuple[float, np.ndarray]:
-    """Return the seconds for random audio and tokens, and the tokens' log-probabilities [T, V]."""
+    """Return the time of a forward pass, in seconds, and its log-probabilities [T, V].
+
+    The inputs are random audio and T random tokens.
+    """
     whisper = audio.load_model(path, dtype=dtype)
     rng = np.random.default_rng(0)
     mel = rng.normal(size=(1, whisper.cfg.num_frames, whisper.cfg.num_mels)).astype(np.float32)

@@ -55,7 +55,7 @@ _FORMATS = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav', '
 
 
 class ChunkingStrategy(Body):
-    """How OpenAI splits the audio. This server always finds speech by voice activity."""
+    """OpenAI's settings for splitting audio. They have no effect, because Pellucid has its own."""
 
     type: Literal["server_vad"]
     prefix_padding_ms: int | None = None

@@ -57,7 +57,7 @@ Value = Annotated[str, Field(max_length=512)]
 class Hyperparameters(Body):
     """The hyperparameters in a request for a job; "auto" lets the server choose.
 
-    An unknown name is an error, because a job takes long, and its result would be another one.
+    An unknown name is an error: a job takes long, and would ignore a misspelt hyperparameter.
     """
 
     model_config = ConfigDict(extra="forbid")

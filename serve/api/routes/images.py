@@ -188,7 +188,7 @@ async def get_image(request: Request, name: str) -> Response:
 
 
 async def _model(request: Request, name: str | None) -> ImageModel:
-    """Return the model called ``name``, or the first image model."""
+    """Return the model called ``name``, or the first served image model if it is None."""
     if name is None:
         image_models = (
             spec.id for spec in state_of(request).registry.list_models() if spec.kind == "images"
@@ -198,7 +198,7 @@ async def _model(request: Request, name: str | None) -> ImageModel:
 
 
 def _side(body: ImageOptions, model_side: int) -> int:
-    """Return width and height of the requested size, in pixels; "auto" is `model_side`."""
+    """Return the side of the requested square in pixels: `model_side` for the size "auto"."""
     if body.size == "auto":
         return model_side
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", body.size)
@@ -337,7 +337,7 @@ async def _respond(request: Request, task: _Task) -> Response:
         return JSONResponse(response)
 
     async def chunks() -> AsyncGenerator[bytes, None]:
-        """Yield the response with the base64 of one image in memory at a time."""
+        """Yield the parts of the response; only one image at a time is in memory as base64."""
         for number, part in enumerate(split_at_base64(response)):
             if number == 1:
                 for chunk in encoded:
@@ -401,7 +401,7 @@ async def _generate(task: _Task, context: RequestContext) -> AsyncGenerator[Imag
 
 
 async def _run_in_worker(work: Callable[..., T], *arguments: Any) -> T:
-    """Run a function that processes images on a worker thread, which the event loop awaits."""
+    """Run a function on a worker thread for image processing, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(_workers, work, *arguments)
 
 

@@ -38,7 +38,7 @@ mimetypes.add_type("text/javascript", ".js")  # some systems register another ty
 
 @router.get("/")
 async def page(request: Request) -> Response:
-    """Serve the page for chat and tokens."""
+    """Serve the web page, on which users chat and look at tokens."""
     return await _file(_WEB_FILES, "index.html", request)
 
 

@@ -136,7 +136,7 @@ async def _to_api_with_events(request: Request, job: Job) -> dict[str, Any]:
 
 
 def _to_api(jobs: JobStore, job: Job) -> dict[str, Any]:
-    """Return a job in the format of OpenAI's API of 2021, without its deleted files."""
+    """Return a job in the format of OpenAI's API of 2021, leaving out files that were deleted."""
     file_ids = {
         "training_files": [job["training_file"]],
         "validation_files": [job["validation_file"]] if job["validation_file"] else [],
