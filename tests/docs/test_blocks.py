@@ -54,7 +54,7 @@ def test_blocks_have_language_line_and_text(tmp_path):
     assert found[0].text == "x = 2\nprint(x)\n"
 
 
-def test_blocks_unclosed_fence_raises(tmp_path):
+def test_blocks_of_page_with_unclosed_fence_raises(tmp_path):
     with pytest.raises(ValueError):
         page(tmp_path, "```python\nprint(1)\n")
 
@@ -73,11 +73,11 @@ def test_blocks_unclosed_fence_raises(tmp_path):
         ("1.5", "1x5", False),
     ],
 )
-def test_matches_dots_stand_for_anything(shown, output, same):
+def test_matches_ellipsis_stands_for_any_text(shown, output, same):
     assert matches(shown, output) is same
 
 
-def test_session_correct_page_passes(session, tmp_path):
+def test_session_run_of_correct_page_passes(session, tmp_path):
     session.run(page(tmp_path, PAGE))
 
 
@@ -96,12 +96,12 @@ def test_session_correct_page_passes(session, tmp_path):
     ],
     ids=["python", "command", "raises", "language", "none", "orphan", "status", "pipe", "prompt"],
 )
-def test_session_wrong_page_fails(session, tmp_path, text):
+def test_session_run_of_page_with_wrong_block_fails(session, tmp_path, text):
     with pytest.raises((AssertionError, ValueError, SystemError)):
         session.run(page(tmp_path, text))
 
 
-def test_session_replaces_url_and_links_project_files(session, tmp_path):
+def test_session_replaces_server_url_and_links_project_files(session, tmp_path):
     text = "```python\nu = 'http://127.0.0.1:8000'\nassert u[-2:] == ':1'\nprint(u)\n```\n"
     text += "```text\nhttp://127.0.0.1:8000\n```\n"
     text += "```console\n$ test -f README.md && echo hello > new.txt && cat new.txt\nhello\n```\n"
@@ -110,7 +110,7 @@ def test_session_replaces_url_and_links_project_files(session, tmp_path):
     assert not (ROOT / "new.txt").exists()
 
 
-def test_quick_leaves_out_slow_commands(tmp_path):
+def test_quick_leaves_out_blocks_with_slow_commands(tmp_path):
     text = "```console\n$ pellucid chat hello\n```\n```console\n$ pellucid models\n```\n"
     text += "```python\n```\n"
     left = list(quick(page(tmp_path, text), r"pellucid (chat|complete)"))

@@ -38,7 +38,7 @@ def session(home, server, model_file, tmp_path) -> Session:
 
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
-def test_readme_blocks_without_chat_print_the_output_shown(session):
+def test_readme_blocks_without_chat_command_print_the_output_shown(session):
     session.run(quick(BLOCKS[1:], r"pellucid chat"))
 
 

@@ -146,7 +146,7 @@ def test_load_adapter_trained_on_other_weights_raises_cannot_load(tmp_path, base
     assert raised.value.id == FT and not raised.value.is_busy
 
 
-def test_save_failing_copy_leaves_no_adapter(tmp_path, base, adapter, monkeypatch):
+def test_save_with_failing_copy_leaves_no_adapter(tmp_path, base, adapter, monkeypatch):
     copy = adapters.shutil.copyfile
 
     def broken(source, target):

@@ -80,7 +80,7 @@ def test_json_response_has_text_and_usage(client):
     assert answer.logprobs is None
 
 
-def test_json_with_logprobs_lists_tokens(client):
+def test_json_response_with_logprobs_lists_tokens(client):
     answer = transcribe(client, include=["logprobs"])
     assert "".join(item.token for item in answer.logprobs).strip() == TEXT
     assert all(item.logprob <= 0 for item in answer.logprobs)
@@ -114,7 +114,7 @@ def test_responses_match_schema(speech_address, client):
         SpeechEvent.model_validate_json(data, strict=True)
 
 
-def test_text_and_subtitle_formats_have_their_syntax(client):
+def test_text_srt_and_vtt_responses_are_well_formed(client):
     assert transcribe(client, response_format="text") == TEXT + "\n"
     srt = transcribe(client, response_format="srt")
     assert srt.startswith("1\n00:00:00,") and " --> 00:00:0" in srt and TEXT in srt
@@ -122,7 +122,7 @@ def test_text_and_subtitle_formats_have_their_syntax(client):
     assert vtt.startswith("WEBVTT\n\n00:00:00.")
 
 
-def test_verbose_json_has_segments(client):
+def test_verbose_json_response_has_segments(client):
     answer = transcribe(client, response_format="verbose_json")
     assert (answer.language, answer.duration, answer.text) == ("english", 5.3, TEXT)
     (segment,) = answer.segments
@@ -131,7 +131,7 @@ def test_verbose_json_has_segments(client):
     assert answer.words is None
 
 
-def test_verbose_json_with_words_has_timestamps(client):
+def test_verbose_json_response_with_words_has_word_timestamps(client):
     answer = transcribe(
         client, response_format="verbose_json", timestamp_granularities=["word", "segment"]
     )
@@ -159,7 +159,7 @@ def test_streamed_text_equals_whole_text(client):
 
 
 @pytest.mark.slow
-def test_long_stream_sends_text_per_window(client):
+def test_streamed_text_of_long_audio_arrives_per_window(client):
     """Regression: four windows were decoded in one batch, so all text arrived at the end."""
     samples, rate = soundfile.read(CLIP)
     sound = np.concatenate([samples, np.zeros(rate)] * 15)  # 95 seconds: four windows
@@ -306,7 +306,7 @@ def test_client_of_2023_transcribes(old):
     assert json.loads(output)["text"] == TEXT
 
 
-def test_errors_raise_exceptions_of_old_client(old):
+def test_errors_raise_exceptions_of_client_of_2023(old):
     for call, fields in (
         (
             f"transcribe('whisper-1', open({str(GOLDEN / 'README.md')!r}, 'rb'))",
@@ -408,7 +408,7 @@ def pellucid(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_command_writes_text_to_stdout_and_json_to_folder(tmp_path, model_file):
+def test_transcribe_command_writes_text_to_stdout_and_json_to_folder(tmp_path, model_file):
     speech = f"tiny={model_file(MODEL)}"
     done = pellucid("transcribe", CLIP, "--model", speech, "--dtype", "float32", "--stats")
     assert (done.returncode, done.stdout) == (0, TEXT + "\n"), done.stderr
@@ -423,7 +423,7 @@ def test_command_writes_text_to_stdout_and_json_to_folder(tmp_path, model_file):
     assert (tmp_path / "austen-0880.json").exists()
 
 
-def test_command_continues_after_bad_file(tmp_path, model_file):
+def test_transcribe_command_continues_after_bad_file(tmp_path, model_file):
     """Regression: a silent file ended the command with a traceback before the later files."""
     silent, text, joined = (tmp_path / name for name in ("silent.wav", "text.mp3", "joined.flac"))
     silent.write_bytes(wav(np.zeros(19_200))[1])
@@ -444,7 +444,7 @@ def test_command_continues_after_bad_file(tmp_path, model_file):
     assert done.returncode == 0 and not picture.exists() and picture.name in done.stderr
 
 
-def test_command_with_two_files_of_one_name_is_refused(tmp_path):
+def test_transcribe_command_with_two_files_of_one_name_is_refused(tmp_path):
     files = [tmp_path / "a.wav", tmp_path / "a.flac"]
     for file in files:
         file.write_bytes(CLIP.read_bytes())
@@ -452,7 +452,7 @@ def test_command_with_two_files_of_one_name_is_refused(tmp_path):
     assert done.returncode == 2 and not (tmp_path / "out").exists()
 
 
-def test_command_with_invalid_arguments_exits_with_code(tmp_path):
+def test_transcribe_command_with_invalid_arguments_exits_with_code(tmp_path):
     absent = pellucid("transcribe", "nothing.wav")
     assert absent.returncode == 3 and names(absent.stderr, "nothing.wav")
     wrong = pellucid("transcribe", CLIP, "--format", "docx")

@@ -35,7 +35,7 @@ def test_bench_cases_have_the_sizes_of_the_model(tmp_path):
     assert "attend_cached 1x1 behind 300 float32" in expected
 
 
-def test_wrong_usage_exits_with_code_and_names_the_value():
+def test_bench_with_wrong_usage_exits_with_code_and_names_the_value():
     for arguments, status, facts in (
         (["add"], 2, ["'add'", "decode"]),
         (["--impl", "norm=fused"], 2, ["norm", "reference", "sum_by_matmul", "'fused'"]),
@@ -47,7 +47,7 @@ def test_wrong_usage_exits_with_code_and_names_the_value():
 
 
 @pytest.mark.slow
-def test_results_are_printed_saved_compared_and_plotted(tmp_path):
+def test_bench_results_are_printed_saved_compared_and_plotted(tmp_path):
     saved, plot = tmp_path / "a.jsonl", tmp_path / "roofline.png"
     case = ("norm rms 1x", "--seconds", "0")
     done = run(*case, "--json", "--save", str(saved), "--roofline", str(plot))

@@ -19,7 +19,7 @@ def prompt_of(engine):
     return encoding.decode(engine.requests[-1].prompt)
 
 
-def test_request_with_message_returns_message(strict):
+def test_request_with_user_message_returns_assistant_message(strict):
     answer = create(strict)
     assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
     assert answer.model == "scripted" and answer.system_fingerprint == "fp_scripted"
@@ -38,7 +38,7 @@ def test_response_has_required_keys_even_if_null(http):
     assert choice["logprobs"] is None and choice["message"]["refusal"] is None
 
 
-def test_template_gets_roles_and_text_parts(strict, engine):
+def test_chat_template_gets_roles_and_joined_text_parts(strict, engine):
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     messages = [
         {"role": "developer", "content": "Be brief."},
@@ -59,7 +59,7 @@ def test_special_token_in_message_is_encoded_as_text(strict, engine):
     assert engine.requests[-1].prompt.count(IM_END) == 1  # the template's own
 
 
-def test_answer_without_limit_fills_the_context(strict):
+def test_answer_without_max_tokens_fills_the_context(strict):
     answer = create(strict, "endless")
     assert answer.usage.total_tokens == CONTEXT and answer.choices[0].finish_reason == "length"
 
@@ -70,7 +70,7 @@ def test_max_completion_tokens_overrides_max_tokens(strict):
     assert answer.usage.completion_tokens == 4
 
 
-def test_choices_of_seeded_request_differ_and_repeat(strict):
+def test_choices_differ_and_same_seed_repeats_them(strict):
     def texts():
         choices = create(strict, "seed", n=3, seed=-5).choices
         return [choice.message.content for choice in choices]
@@ -204,7 +204,7 @@ def test_model_without_chat_template_is_404(strict):
 
 
 @pytest.mark.parametrize(("id", "reason"), [("picky", "roles must alternate"), ("hostile", None)])
-def test_template_that_fails_or_never_ends_is_400(strict, id, reason):
+def test_chat_template_that_fails_or_never_ends_is_400(strict, id, reason):
     with pytest.raises(BadRequestError, match=reason) as caught:
         strict.chat.completions.create(model=id, messages=[{"role": "user", "content": "x"}])
     assert caught.value.param == "messages" and caught.value.code == "invalid_value"

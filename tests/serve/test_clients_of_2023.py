@@ -195,7 +195,7 @@ def test_errors_raise_exceptions_of_the_client(old, call, kind, status, type, co
     assert result == [kind, status, type, code]
 
 
-def test_command_line_lists_completes_and_chats(old):
+def test_openai_command_lists_models_completes_and_chats(old):
     assert '"id": "scripted"' in old.command("api", "models.list")
     assert '"id": "scripted"' in old.command("api", "models.get", "-i", "scripted")
     assert '"ready": true' in old.command("api", "engines.list")

@@ -19,7 +19,7 @@ def create(client, prompt="Say hello", **options):
     return client.completions.create(model="scripted", prompt=prompt, **options)
 
 
-def test_prompt_text_returns_completion(strict):
+def test_text_prompt_returns_completion(strict):
     answer = create(strict)
     assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
     assert answer.model == "scripted" and answer.system_fingerprint == "fp_scripted"
@@ -31,12 +31,12 @@ def test_prompt_text_returns_completion(strict):
     assert usage.prompt_tokens_details.cached_tokens == 0
 
 
-def test_alias_returns_model_id(strict):
+def test_request_to_alias_returns_model_id(strict):
     answer = strict.completions.create(model="gpt-4", prompt="x", max_tokens=100)
     assert answer.model == "scripted" and answer.choices[0].text == HELLO
 
 
-def test_default_limit_is_sixteen_tokens(strict):
+def test_default_max_tokens_is_sixteen(strict):
     answer = strict.completions.create(model="scripted", prompt="endless")
     assert answer.usage.completion_tokens == 16
     assert answer.choices[0].finish_reason == "length"
@@ -59,18 +59,18 @@ def test_choices_of_several_prompts_are_ordered_by_prompt(strict):
 
 
 @pytest.mark.parametrize("prompt", [list(b"emoji"), [list(b"emoji"), list(b"hello")]])
-def test_token_ids_as_prompt_are_decoded(strict, prompt):
+def test_prompt_of_token_ids_returns_completion(strict, prompt):
     answer = create(strict, prompt)
     assert [choice.text for choice in answer.choices] == ["😀😀😀", HELLO][: len(answer.choices)]
 
 
 @pytest.mark.parametrize("prompt", ["", None])
-def test_empty_prompt_is_start_of_document(strict, engine, prompt):
+def test_empty_prompt_is_encoded_as_end_of_text_token(strict, engine, prompt):
     create(strict, prompt)
     assert engine.requests[-1].prompt == (END_OF_TEXT,)
 
 
-def test_special_tokens_in_prompt_are_encoded_as_special(strict):
+def test_special_token_in_prompt_is_encoded_as_one_token(strict):
     assert create(strict, "<|im_start|> special").choices[0].text == str(IM_START)
 
 
@@ -86,7 +86,7 @@ def test_engine_gets_sampling_settings(strict, engine):
     assert request.max_tokens == 5 and request.top_logprobs is None
 
 
-def test_null_counts_as_absent(http, engine):
+def test_null_field_counts_as_absent(http, engine):
     names = ["temperature", "top_p", "n", "stop", "seed", "logprobs", "logit_bias", "stream"]
     names += ["stream_options", "suffix", "echo", "best_of", "presence_penalty", "max_tokens"]
     body = {"model": "scripted", "prompt": "hello", **dict.fromkeys(names)}
@@ -122,7 +122,7 @@ def test_logprobs_have_tokens_and_offsets_of_the_text(strict):
     assert logprobs.top_logprobs[0] == {"H": -0.25, "A": -2.5}
 
 
-def test_logprobs_zero_lists_chosen_token_and_clamps_infinity(strict):
+def test_logprobs_0_lists_chosen_token_and_infinity_is_clamped(strict):
     assert create(strict, logprobs=0).choices[0].logprobs.top_logprobs[0] == {"H": -0.25}
     top = create(strict, logprobs=3).choices[0].logprobs.top_logprobs[0]
     assert top[r"bytes:\xff"] == -9999.0
@@ -174,12 +174,12 @@ def test_max_tokens_may_fill_the_context_exactly(strict):
     assert answer.usage.total_tokens == CONTEXT
 
 
-def test_default_limit_shrinks_to_remaining_context(strict):
+def test_default_max_tokens_shrinks_to_remaining_context(strict):
     answer = strict.completions.create(model="scripted", prompt="endless".rjust(CONTEXT - 3))
     assert answer.usage.completion_tokens == 3
 
 
-def test_echo_starts_with_prompt(strict, engine):
+def test_echoed_text_starts_with_prompt(strict, engine):
     for prompt in ("Say hello, ö", list("Say hello, ö".encode())):
         answer = create(strict, prompt, echo=True)
         assert answer.choices[0].text == "Say hello, ö" + HELLO
@@ -290,7 +290,7 @@ def test_best_of_with_echo_ignores_prompt_logprobs(strict):
 
 
 @pytest.mark.parametrize("best_of", [0, 2, None])
-def test_best_of_equal_to_n_is_not_ranked(strict, loose, best_of):
+def test_choices_with_best_of_equal_to_n_are_not_ranked(strict, loose, best_of):
     assert len(create(strict, n=2, best_of=best_of).choices) == 2
     assert [*create(loose, n=2, best_of=best_of, stream=True)]
 
@@ -308,7 +308,7 @@ def test_best_of_with_stream_or_below_n_is_refused(strict, options, facts):
     assert caught.value.param == "best_of" and caught.value.code == "invalid_value"
 
 
-def test_suffix_with_fim_tokens_uses_them(strict, loose, engine):
+def test_suffix_for_model_with_fim_tokens_fills_in_the_middle(strict, loose, engine):
     def ask(client, prompt="emoji(", **options):
         return client.completions.create(
             model="filling", prompt=prompt, suffix=") end", max_tokens=40, **options
@@ -324,7 +324,7 @@ def test_suffix_with_fim_tokens_uses_them(strict, loose, engine):
     assert caught.value.param == "echo"
 
 
-def test_suffix_with_chat_model_becomes_instruction(strict, engine):
+def test_suffix_for_chat_model_becomes_chat_instruction(strict, engine):
     answer = create(strict, "It said: ", suffix=" Bye.\nThe end.")
     assert encoding.decode(engine.requests[-1].prompt) == (
         "<|im_start|>user\nWrite a text that ends with the words below. Begin at once, without "
@@ -343,7 +343,7 @@ def test_suffix_without_fim_tokens_or_template_is_refused(strict):
     assert caught.value.param == "suffix" and caught.value.code == "unsupported_value"
 
 
-def test_ids_sent_to_openai_alias_are_translated(strict, engine):
+def test_token_ids_sent_to_openai_alias_are_translated(strict, engine):
     """LangChain sends ids of cl100k to the alias gpt-4."""
     ids = bpe.get_encoding("cl100k_base").encode("Say emoji, ö<|endoftext|>", allowed_special="all")
     for prompt in (ids, [ids, ids]):
@@ -355,7 +355,7 @@ def test_ids_sent_to_openai_alias_are_translated(strict, engine):
     assert caught.value.param == "prompt[1]"
 
 
-def test_bias_sent_to_openai_alias_is_translated(strict, engine):
+def test_logit_bias_sent_to_openai_alias_is_translated(strict, engine):
     a, end, burger = 32, 100257, 47775  # "A", "<|endoftext|>", "amburger"
     bias = {str(a): 5, str(end): -100}
     strict.completions.create(model="gpt-4", prompt="x", logit_bias=bias)
@@ -366,7 +366,7 @@ def test_bias_sent_to_openai_alias_is_translated(strict, engine):
         assert caught.value.param == "logit_bias" and caught.value.code == "invalid_value"
 
 
-def test_ids_sent_to_other_alias_are_not_translated(strict, engine):
+def test_token_ids_sent_to_other_alias_are_not_translated(strict, engine):
     strict.completions.create(model="mine", prompt=list(b"emoji"), logit_bias={"65": 1})
     assert engine.requests[-1].prompt == tuple(b"emoji")
     assert engine.requests[-1].sampling_params.logit_bias == {65: 1}

@@ -23,7 +23,7 @@ def test_edit_has_response_shape_of_2023(http):
     assert answer["choices"] == choices
 
 
-def test_prompt_has_examples_then_instruction(http, engine):
+def test_prompt_of_edit_has_examples_then_instruction(http, engine):
     post(http, temperature=0.25, top_p=0.5)
     request = engine.requests[-1]
     prompt = encoding.decode(request.prompt)
@@ -34,7 +34,7 @@ def test_prompt_has_examples_then_instruction(http, engine):
     assert request.sampling_params.temperature == 0.25 and request.sampling_params.top_p == 0.5
 
 
-def test_edit_without_input_returns_text(http):
+def test_edit_without_input_text_returns_edited_text(http):
     assert post(http, input=None).json()["choices"][0]["text"] == HELLO
 
 

@@ -134,7 +134,7 @@ def test_token_ids_with_or_without_special_tokens_are_equal(client, words):
 
 
 @pytest.mark.parametrize("alias", ["text-embedding-3-small", "text-embedding-ada-002"])
-def test_ids_sent_to_openai_alias_are_translated(client, alias):
+def test_token_ids_sent_to_openai_alias_are_translated(client, alias):
     text = "Hamburgers and pears."
     expected = vectors(client.embeddings.create(model=alias, input=[text]))
     ids = bpe.get_encoding("cl100k_base").encode(text)
@@ -143,19 +143,19 @@ def test_ids_sent_to_openai_alias_are_translated(client, alias):
     assert answer.model == MODEL
 
 
-def test_ids_sent_to_other_alias_are_not_translated(client, words):
+def test_token_ids_sent_to_other_alias_are_not_translated(client, words):
     expected = vectors(client.embeddings.create(model=MODEL, input="pears"))
     same = client.embeddings.create(model="my-vectors", input=words.encode("pears"))
     np.testing.assert_array_equal(vectors(same), expected)
 
 
-def test_invalid_id_sent_to_alias_is_refused(client):
+def test_invalid_token_id_sent_to_alias_is_refused(client):
     with pytest.raises(openai.BadRequestError, match=naming("cl100k_base")) as caught:
         client.embeddings.create(model="text-embedding-3-small", input=[[10], [10**6]])
     assert (caught.value.param, caught.value.code) == ("input[1]", "invalid_value")
 
 
-def test_fewer_dimensions_are_truncated_and_rescaled(client):
+def test_vectors_of_fewer_dimensions_are_truncated_and_normalized(client):
     whole = vectors(client.embeddings.create(model=MODEL, input="hello"))[0]
     few = vectors(client.embeddings.create(model=MODEL, input="hello", dimensions=64))[0]
     np.testing.assert_allclose(few, whole[:64] / np.linalg.norm(whole[:64]), atol=1e-6)
@@ -206,7 +206,7 @@ def test_long_text_with_mode_mean_averages_chunks(embedding_address, words):
     np.testing.assert_allclose(vector * np.linalg.norm(result[1][:64]), result[1][:64], atol=1e-5)
 
 
-def test_short_text_is_equal_in_every_mode(embedding_address):
+def test_vector_of_short_text_is_equal_in_every_long_text_mode(embedding_address):
     whole = post(embedding_address, input=["hello", "two words"]).json()
     for mode in ("mean", "truncate", None):
         same = post(embedding_address, input=["hello", "two words"], long_text_mode=mode).json()

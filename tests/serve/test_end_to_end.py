@@ -111,7 +111,7 @@ def complete(client, prompt="The river", **body):
     return client.completions.create(prompt=prompt, **body)
 
 
-def test_same_seed_repeats_and_other_seed_differs(strict):
+def test_same_seed_repeats_answer_and_other_seed_changes_it(strict):
     texts = [complete(strict, seed=seed).choices[0].text for seed in (1, 1, 2, 3)]
     assert texts[0] == texts[1] and len(set(texts)) == 3
 
@@ -132,7 +132,7 @@ def test_stop_string_ends_text_and_is_not_emitted(strict):
     assert short.text == long[: long.index(stop)] and short.finish_reason == "stop"
 
 
-def test_logprobs_form_distribution(strict):
+def test_probabilities_of_top_logprobs_sum_to_at_most_1(strict):
     answer = strict.chat.completions.create(
         model=CHAT, messages=FRANCE, temperature=0, max_tokens=6, logprobs=True, top_logprobs=20
     )
@@ -169,7 +169,7 @@ def test_request_after_invalid_request_is_answered(address, strict, body):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_disconnect_frees_slot(address, served, stream):
+def test_disconnect_frees_batch_slot(address, served, stream):
     host, port = address.removeprefix("http://").split(":")
     bias = {str(id): -100 for id in served.tokenizer.stop_ids}  # or it may end by itself
     body = {"model": CHAT, "prompt": "Once", "max_tokens": 4000, "stream": stream}
@@ -184,7 +184,7 @@ def test_disconnect_frees_slot(address, served, stream):
 
 
 @pytest.mark.slow  # loading and compiling alone may take half a minute
-def test_coder_completes_working_function(model_file):
+def test_coder_model_completes_working_function(model_file):
     model = loaded(model_file, CODER)
     ask = 'def is_prime(n: int) -> bool:\n    """Whether n is a prime number."""\n'
     try:
@@ -239,7 +239,7 @@ def test_echo_logprobs_equal_forward_pass(model_file):
 
 
 @pytest.mark.slow
-def test_coder_fills_in_the_middle(model_file):
+def test_coder_model_fills_in_the_middle(model_file):
     model = loaded(model_file, CODER)
     before = "def total_price(prices, tax_rate):\n    subtotal = "
     after = "\n    return subtotal * (1 + tax_rate)\n"

@@ -336,7 +336,7 @@ def context_error(response):
     return sentence, error["param"]
 
 
-def test_long_messages_are_refused(http):
+def test_messages_longer_than_context_are_refused(http):
     content = "x" * CONTEXT
     body = chat(messages=[{"role": "user", "content": content}])
     total = CONTEXT + CHAT_EXTRA
@@ -439,13 +439,13 @@ def test_model_not_pulled_names_pull_command():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_failure_before_first_token_is_500(http, stream):
+def test_engine_failure_before_first_token_is_500(http, stream):
     body = {"model": "scripted", "prompt": "fail at once", "stream": stream}
     error = error_of(http.post(COMPLETIONS, json=body), 500)
     assert error["type"] == "server_error" and "the numbers went bad" in error["message"]
 
 
-def test_crash_is_logged_and_hidden_from_client(http, caplog):
+def test_unhandled_exception_is_logged_and_hidden_from_client(http, caplog):
     response = http.post(COMPLETIONS, json={"model": "scripted", "prompt": "crash"})
     error = error_of(response, 500)
     assert "secret" not in response.text and error["type"] == "server_error"
@@ -453,13 +453,13 @@ def test_crash_is_logged_and_hidden_from_client(http, caplog):
     assert names(record.getMessage(), "POST", COMPLETIONS) and record.exc_info
 
 
-def test_shutdown_is_503(http):
+def test_request_during_shutdown_is_503(http):
     response = http.post(COMPLETIONS, json={"model": "scripted", "prompt": "shutdown"})
     assert error_of(response, 503)["type"] == "server_error"
 
 
 @pytest.mark.parametrize("prompt", ["fail later", "crash", "shutdown"])
-def test_failure_in_stream_is_last_event(http, prompt):
+def test_engine_failure_in_stream_is_last_event(http, prompt):
     body = {"model": "scripted", "prompt": prompt, "stream": True}
     response = http.post(COMPLETIONS, json=body)
     assert response.status_code == 200

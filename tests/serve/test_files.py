@@ -277,7 +277,7 @@ def test_path_traversal_is_404(http, home):
             assert response.status_code == 404 and response.text != "secret"
 
 
-def test_large_upload_is_refused_and_deleted(http, home, monkeypatch):
+def test_upload_over_size_limit_is_refused_and_deleted(http, home, monkeypatch):
     monkeypatch.setattr(files, "MAX_BYTES", 100_000)
     response = upload(http, data=b"x" * 200_000)
     assert response.status_code == 413  # with the message of OpenAI's API
@@ -285,7 +285,7 @@ def test_large_upload_is_refused_and_deleted(http, home, monkeypatch):
     assert not [name for name in os.listdir(home / "files") if name.startswith(".")]
 
 
-def test_client_of_2023_and_its_command_upload(address, tmp_path):
+def test_client_and_openai_command_of_2023_upload_file(address, tmp_path):
     old = OldClient(install(), address)
     path = tmp_path / "old.jsonl"
     path.write_bytes(LINES)

@@ -75,7 +75,7 @@ def finetune(tmp_path, folder):
     return Command(tmp_path / "home", folder)
 
 
-def test_check_names_lines_and_fixes_the_file(finetune, file, tmp_path):
+def test_finetune_check_names_lines_with_problems_and_fixes_file(finetune, file, tmp_path):
     out, _ = finetune("check", file, *finetune.model)
     assert names(out.splitlines()[0], 12, "chat")
     lines = tiny.examples().splitlines()
@@ -98,7 +98,7 @@ def test_check_names_lines_and_fixes_the_file(finetune, file, tmp_path):
     finetune("check", tmp_path / "none.jsonl", *finetune.model, code=3)
 
 
-def test_check_without_problems_writes_nothing_and_needs_a_decoder(finetune, file, tmp_path):
+def test_finetune_check_of_valid_file_writes_no_file_and_needs_a_decoder(finetune, file, tmp_path):
     _, errors = finetune("check", file, *finetune.model, "--fix", tmp_path / "fixed.jsonl")
     assert errors and not (tmp_path / "fixed.jsonl").exists()
     encoder = tmp_path / "encoder"
@@ -122,7 +122,7 @@ def test_event_printer_prints_one_line_per_tenth_of_the_steps(capsys):
 
 
 @pytest.mark.slow
-def test_local_job_goes_from_file_to_model(finetune, file):
+def test_local_job_turns_file_of_examples_into_model(finetune, file):
     file.write_bytes(tiny.examples() + tiny.examples(2))  # with two duplicates
     options = ["--n_epochs", 20, "--batch_size", 4, "--suffix", "mine", "--seed", 1]
     options += ["--learning-rate-multiplier", 20]
@@ -158,7 +158,9 @@ def test_local_job_goes_from_file_to_model(finetune, file):
     assert names(finetune("delete", "x", code=3)[1], "x")
 
 
-def test_local_errors_exit_with_code_and_name_the_cause(finetune, file, tmp_path, refused_url):
+def test_errors_of_local_jobs_exit_with_code_and_name_the_cause(
+    finetune, file, tmp_path, refused_url
+):
     file.write_bytes(tiny.examples(12) + b"{}\n")
     errors = finetune("create", file, *finetune.model, code=6)[1]
     assert errors.count("Example 13") == 1 and f"{file}:13: " in errors
@@ -240,7 +242,7 @@ def _step(line):
 
 
 @pytest.mark.slow
-def test_remote_job_goes_from_file_to_model(finetune, file, folder, tmp_path):
+def test_remote_job_turns_file_of_examples_into_model(finetune, file, folder, tmp_path):
     with tiny.serving(tmp_path / "server", folder, api_keys=("secret",)) as address:
         finetune.environment |= {"PELLUCID_HOST": address, "PELLUCID_API_KEY": "secret"}
         out, errors = finetune("create", file, "--epochs", 1, "--batch-size", 4)

@@ -65,7 +65,7 @@ def paths(done):
     return done.stdout.splitlines()
 
 
-def test_images_equal_those_of_the_library_and_keep_existing_files(image, tiny):
+def test_images_equal_those_of_the_library_and_overwrite_no_file(image, tiny):
     done = image("a Red Apple!", "-n", 3, "--seed", 7, "--size", SIZE)
     assert paths(done) == ["a-red-apple.png", "a-red-apple-2.png", "a-red-apple-3.png"]
     assert names(done.stderr, "seed 7", "16 x 16")
@@ -102,7 +102,7 @@ def test_grid_has_a_row_for_each_prompt(image):
     assert len({row[:, x : x + SIZE].tobytes() for x in range(0, 5 * SIZE, SIZE)}) == 5
 
 
-def test_options_reach_the_sampler(image, tiny):
+def test_options_of_command_reach_the_sampler(image, tiny):
     common = ("a cat", "--size", SIZE, "--seed", 3, "-o", "x.png")
     for flags, fields in (
         (("--sampler", "heun"), {"sampler": "heun"}),
@@ -246,7 +246,7 @@ def test_preview_without_room_or_colour_writes_nothing(wide, monkeypatch, why):
     assert stream.getvalue() == ""
 
 
-def test_size_resizes_images(image, tiny):
+def test_option_size_resizes_images(image, tiny):
     paths(image("a cat", "--seed", 3, "--size", 40, "-o", "x.jpg"))
     options = diffusion.SamplerOptions(steps=3)
     generated = tiny.generate(["a cat"], seed=3, options=options)[0]

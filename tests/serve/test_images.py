@@ -833,7 +833,7 @@ def test_disconnect_stops_generation(image_model):
     asyncio.run(main())
 
 
-def test_disconnect_frees_queue_slot(image_address, client):
+def test_disconnect_removes_request_from_queue(image_address, client):
     """A disconnected request leaves the queue, so that later requests are served."""
     body = {"prompt": "x", "n": 10, "quality": "high", "seed": 1}
     for _ in range(6):
@@ -888,7 +888,7 @@ def test_failing_batch_leaves_other_batches_alone(image_model):
 # --- model files ------------------------------------------------------------------------------
 
 
-def test_missing_weights_are_reported(tmp_path):
+def test_verify_and_pull_name_folder_without_bundled_weights(tmp_path):
     known = catalogue.load()
     model = known.models["emoji-64"]
     assert model.folder is not None and model.encoder is known.models["all-minilm-l6-v2"]

@@ -37,7 +37,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_inspect_plots_and_numbers_equal_library(folder, tmp_path):
+def test_inspect_plots_and_numbers_equal_those_of_the_library(folder, tmp_path):
     done = run(TEXT, "-m", f"tiny={folder}", "--layer", "1", "--heads", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     output = json.loads(done.stdout)

@@ -733,7 +733,7 @@ def jobs(tmp_path):
     store.close()
 
 
-def test_job_data_survives_deleted_file(jobs, folder):
+def test_training_data_of_job_survives_deletion_of_uploaded_file(jobs, folder):
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     jobs.store.delete_file("file-1")
     assert (jobs.folder(id) / "data.jsonl").read_bytes() == tiny.examples()
@@ -834,7 +834,7 @@ def test_finished_job_keeps_its_status(jobs, folder):
     assert jobs.get(id)["status"] == "cancelled" and jobs.get(id)["error"] is None
 
 
-def test_jsonl_tail_of_growing_and_replaced_file(tmp_path):
+def test_jsonl_tail_returns_new_lines_of_growing_and_replaced_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = JsonlTail(path)
     assert lines.read_new() == []
@@ -861,7 +861,7 @@ def test_results_csv_has_row_for_each_step():
     )
 
 
-def test_lock_belongs_to_the_process(tmp_path):
+def test_locked_file_and_ended_job_process_are_detected(tmp_path):
     lock = disk.try_lock(tmp_path / "x.lock")
     assert lock is not None and disk.try_lock(tmp_path / "x.lock") is None
     os.close(lock)

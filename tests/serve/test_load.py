@@ -350,7 +350,7 @@ def test_hash_weights_same_file_is_read_once(home, tmp_path, monkeypatch):
 # -- the runner ------------------------------------------------------------------------------------
 
 
-def test_runner_program_from_disk_is_reported_as_loaded(monkeypatch):
+def test_runner_reports_cached_program_as_loaded_not_compiled(monkeypatch):
     """Regression: on a slow disk each start reported that programs were compiled."""
     monkeypatch.setattr(runner_module, "SLOW_COMPILE_SECONDS", 0.0)
     cfg, lines = Config.debug(num_layers=3), []

@@ -16,16 +16,16 @@ def test_lookup_by_id_or_alias_returns_model(strict):
 
 
 @pytest.mark.parametrize("id", ["org/with-slash", "org%2Fwith-slash"])
-def test_ids_with_slashes_are_found(http, id):
+def test_model_ids_with_slashes_are_found(http, id):
     assert http.get(f"/v1/models/{id}").json()["id"] == "org/with-slash"
 
 
-def test_client_finds_ids_with_slashes(strict):
+def test_client_finds_model_ids_with_slashes(strict):
     assert strict.models.retrieve("org/with-slash").id == "org/with-slash"
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/health", "/v1/models", "/v1/models/scripted"])
-def test_get_and_head_are_supported(http, path):
+def test_get_and_head_requests_are_supported(http, path):
     assert http.get(path).status_code == 200
     head = http.head(path)
     assert head.status_code == 200 and head.content == b""

@@ -42,7 +42,7 @@ def openai(address):
         yield openai
 
 
-def test_commands_list_models_and_jobs_of_old_folder(variables):
+def test_commands_list_models_and_jobs_of_old_data_folder(variables):
     response = json.loads(run("models", "--json", **variables))
     models = {model["id"]: model for model in response["models"]}
     assert response["default"] == "tiny" and models["tiny"]["state"] == "pulled"
@@ -121,7 +121,7 @@ def test_completed_old_job_removes_only_its_temporary_files(resumed, home):
 
 
 @pytest.mark.slow  # two jobs, one of them whole
-def test_new_folder_has_file_names_of_old_folder(tmp_path):
+def test_new_data_folder_has_file_names_of_old_one(tmp_path):
     """Only the per-model hash files are gone: hashes.json now has the hashes of all files."""
     facts = old.make(tmp_path / "home")
     names = old.names(tmp_path / "home", facts)

@@ -74,7 +74,7 @@ def test_invalid_key_names_are_refused(tmp_path):
     assert auth.read(tmp_path) == []
 
 
-def test_damaged_key_file_raises(tmp_path):
+def test_read_damaged_key_file_raises_value_error(tmp_path):
     (tmp_path / auth.FILE).write_text("[{")
     with pytest.raises(ValueError, match=naming(tmp_path / auth.FILE)):
         auth.KeyRing([], tmp_path)
@@ -162,7 +162,7 @@ def test_rate_limiter_evicts_idle_clients(monkeypatch):
     assert len(rate._buckets) < 4
 
 
-def test_rate_limit_sets_headers_and_429():
+def test_request_over_rate_limit_returns_429_with_headers():
     with (
         scripted.serve_models(scripted.model(), requests_per_minute=2) as address,
         httpx.Client(base_url=address) as http,
@@ -188,7 +188,7 @@ def test_no_rate_limit_sends_no_headers(http):
     assert not any(name.startswith("x-ratelimit") for name in post(http).headers)
 
 
-def test_answer_over_timeout_is_504(http):
+def test_answer_that_takes_longer_than_timeout_is_504(http):
     response = post(http, prompt="never in time")
     error = response.json()["error"]
     assert response.status_code == 504 and error["code"] == "timeout"
@@ -296,7 +296,7 @@ def test_metrics_count_requests_and_tokens(counted):
     assert samples[("process_resident_memory_bytes",)] > 1e6
 
 
-def test_unknown_paths_and_methods_add_no_series(counted):
+def test_unknown_paths_and_methods_add_no_metric_series(counted):
     def ask(number):
         counted.request(f"METHOD{number}", f"/path/{number}")
 
@@ -307,7 +307,7 @@ def test_unknown_paths_and_methods_add_no_series(counted):
     assert len(numbers(counted)) - before < 25, "only series of /metrics itself are added"
 
 
-def test_disconnected_client_is_counted(counted):
+def test_disconnected_client_is_counted_in_metrics(counted):
     with counted.stream("POST", "/v1/completions", json={**BODY, "prompt": "endless"}):
         pass
     with pytest.raises(httpx.ReadTimeout):
@@ -372,7 +372,7 @@ def test_text_log_line_escapes_path(http, log_lines):
 
 
 @pytest.mark.parametrize("log_lines", [logs.JsonFormatter], indirect=True)
-def test_crash_is_logged_with_request_id(http, log_lines):
+def test_unhandled_exception_is_logged_with_request_id(http, log_lines):
     response = post(http, prompt="crash")
     assert response.status_code == 500
     scripted.wait_until(lambda: len(log_lines.lines) == 2)

@@ -121,7 +121,7 @@ def test_conversation_sends_system_message_and_earlier_turns(
     assert names(captured.err, "/bye", "Ctrl-D")
 
 
-def test_undo_retry_and_clear_change_the_turns(model: DecoderModel) -> None:
+def test_undo_retry_and_clear_change_the_turns_of_conversation(model: DecoderModel) -> None:
     assert converse(model, "/undo", "one", "two", "/undo").turns == [("one", "ONE")]
     assert converse(model, "one", "/retry").turns == [("one", "ONE")]
     conversation = converse(model, "/system x", "one", "/clear")
@@ -129,7 +129,7 @@ def test_undo_retry_and_clear_change_the_turns(model: DecoderModel) -> None:
     assert converse(model, "/bye", "one").turns == []
 
 
-def test_ctrl_c_keeps_the_text_so_far(
+def test_ctrl_c_in_conversation_keeps_the_text_so_far(
     model: DecoderModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert converse(model, "interrupt", "go on").turns == [("interrupt", "INT"), ("go on", "GO ON")]

@@ -42,8 +42,8 @@ def test_describe_damaged_file_raises_value_error(tmp_path):
         describe(tmp_path / "half.gguf", "mine", tmp_path)
 
 
-def test_cache_size_does_not_depend_on_number_of_models(tmp_path, monkeypatch):
-    """Regression: pulling a model halved the other caches, so programs were compiled again."""
+def test_kv_cache_size_of_a_model_does_not_depend_on_number_of_models(tmp_path, monkeypatch):
+    """Regression: pulling a model halved the KV caches of the other models."""
     monkeypatch.setattr(decoder, "MAX_BATCH_SIZE", 2)
     settings = ServerSettings(home=tmp_path, cache_budget=2**20)
     files = [ModelFiles(id, tiny.model(tmp_path / id), "me") for id in ("one", "two", "three")]

@@ -94,7 +94,7 @@ def test_formats_of_other_servers_limit_text_of_every_route(client, fields, expe
     assert texts <= expected
 
 
-def test_stream_equals_answer_in_one_piece(client):
+def test_streamed_answer_with_schema_equals_whole_answer(client):
     fields = {"response_format": {"type": "json_object"}, "seed": 5, "max_tokens": 40}
     text = chat(client, **fields).choices[0].message.content
     chunks = chat(client, stream=True, **fields)

@@ -65,12 +65,12 @@ def refusal(response):
         ),
     ],
 )
-def test_field_without_effect_is_named_in_the_header(http, fields, header):
+def test_field_without_effect_is_named_in_ignored_header(http, fields, header):
     assert ignored(ask(http, **fields)) == header
 
 
 def test_unknown_keys_of_messages_and_content_parts_are_named_by_path(http):
-    """Agents send our own answers back, and other servers' answers too."""
+    """Agents send messages of this server's and other servers' responses back as input."""
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     messages = [
         {"role": "user", "content": [part], "name": "ann"},
@@ -82,17 +82,17 @@ def test_unknown_keys_of_messages_and_content_parts_are_named_by_path(http):
     )
 
 
-def test_own_answer_can_be_sent_back(http):
+def test_response_message_can_be_sent_back_as_input(http):
     message = ask(http).json()["choices"][0]["message"]
     assert ignored(ask(http, messages=[*HI, message, *HI])) is None
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_stream_has_the_header(http, path):
+def test_streamed_response_has_ignored_header(http, path):
     assert ignored(ask(http, path, stream=True, num_ctx=1)) == "num_ctx"
 
 
-def test_header_is_safe_and_short(http):
+def test_ignored_header_has_escaped_names_and_limited_length(http):
     name = "a, b\r\nx-evil: 1é😀"
     assert ignored(ask(http, **{name: 1})) == "a%2C%20b%0D%0Ax-evil:%201%C3%A9%F0%9F%98%80"
     header = ignored(ask(http, **{"x" * 10_000: 1}))
@@ -134,7 +134,7 @@ def test_field_without_effect_is_validated(http, fields, param, code):
         ("/v1/edits", {"instruction": "x", "stream": True}),
     ],
 )
-def test_promise_that_is_not_kept_is_refused(http, path, fields):
+def test_field_asking_for_unsupported_result_is_refused(http, path, fields):
     *_, param = fields
     assert refusal(ask(http, path, **fields)) == (param, "unsupported_parameter")
 
@@ -147,7 +147,7 @@ def test_promise_that_is_not_kept_is_refused(http, path, fields):
         for name in unused_fields.promises_of(model)
     ],
 )
-def test_every_promise_is_refused_unless_it_asks_for_nothing(model, name):
+def test_every_refused_field_with_harmless_value_is_accepted(model, name):
     harmless = unused_fields.promises_of(model)[name].harmless
     for value in (None, False, "", [], {}, "false", *harmless):
         unused_fields.check_names({name: value}, model)
@@ -179,15 +179,15 @@ def test_every_promise_is_refused_unless_it_asks_for_nothing(model, name):
         (COMPLETIONS, "log_probs", "logprobs"),
     ],
 )
-def test_misspelt_name_is_refused_with_the_right_one(http, path, name, intended):
+def test_misspelt_field_name_is_refused_and_right_name_suggested(http, path, name, intended):
     response = ask(http, path, **{name: 1})
     assert refusal(response) == (name, "unknown_parameter")
     assert f"Did you mean '{intended}'?" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("model", [*BODIES, JobBody])
-def test_names_that_clients_send_are_never_misspelt_ones(model: type[Body]):
-    """A client of another server, or of another route, must not get a 400 for its own names."""
+def test_field_names_of_other_clients_are_never_taken_for_misspelt(model: type[Body]):
+    """A client that also calls other servers or routes must not get a 400 for their fields."""
     names = {name for fields in client_fields.FIELDS.values() for name in fields.split()}
     names.update(*(other.model_fields for other in BODIES))
     refused = []
@@ -230,7 +230,7 @@ def test_unknown_hyperparameter_is_refused(http, path, fields, param):
     assert found.endswith(param) and code == "unknown_parameter"
 
 
-def test_form_names_its_fields_without_effect(http):
+def test_form_fields_without_effect_are_named_in_ignored_header(http):
     fields = {
         "purpose": "fine-tune",
         "tags[]": ["a", "b"],
