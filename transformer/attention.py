@@ -21,6 +21,7 @@ def attend(
     window: int | None = None,
     segments: jax.Array | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
     is_causal: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute softmax attention, causal by default.
@@ -36,11 +37,14 @@ def attend(
             row.
         softcap: Scores become softcap * tanh(score / softcap) before the softmax (Gemma 2,
             arXiv:2408.00118). None means no cap.
+        sinks: Score of each head for attending to no position, float32 [N]: exp(sink) is added to
+            the sum that divides the weights (gpt-oss, arXiv:2508.10925). None means no sinks.
         is_causal: Whether a query attends to no later position. If False, `window` is the number of
             positions on either side of the query.
 
     Returns:
-        The attention output [B, T, N, H] and the attention weights [B, N, T, T], both float32.
+        The attention output [B, T, N, H] and the attention weights [B, N, T, T], both float32. The
+        weights of a query sum to 1, or less with sinks.
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -59,12 +63,21 @@ def attend(
     if softcap is not None:
         scores = soft_cap(scores, softcap)
     scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)  # [B, K, G, T, S]
+    weights = softmax(scores, sinks)  # [B, K, G, T, S]
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
     return (
         out.reshape(batch, length, num_heads, head_dim),
         weights.reshape(batch, num_heads, length, length),
     )
+
+
+def softmax(scores: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
+    """Return the weights of scores [B, K, G, T, S]; the sinks [K * G] are scores of no position."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.reshape(*scores.shape[1:3], 1, 1)
+    column = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1)).astype(scores.dtype)
+    return jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

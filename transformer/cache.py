@@ -158,6 +158,7 @@ def attend(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention of new queries over the cached positions of their rows.
 
@@ -171,8 +172,11 @@ def attend(
             positions up to its own. Blocks outside the window are not read. They stay allocated,
             because other layers can need them.
         softcap: Scores become softcap * tanh(score / softcap) before the softmax; None: no cap.
+        sinks: As in `attention.attend`.
 
     Returns:
         The attention output, float32 [B, T, N, H].
     """
-    return kernels.attend_cached(q, keys, values, tables, starts, window=window, softcap=softcap)
+    return kernels.attend_cached(
+        q, keys, values, tables, starts, window=window, softcap=softcap, sinks=sinks
+    )

@@ -5,9 +5,8 @@ of each family's files to its fields. `Config` is hashable, so `jax.jit` takes i
 argument and compiles one program for each distinct config. The defaults are a Llama; a field at its
 default adds no operation to the program.
 
-Not supported: layers of different sizes, dense and expert layers in one model, shared experts,
-attention sinks, and ALiBi. A checkpoint that needs one of them is rejected with the name of the key
-(`config_keys.py`).
+Not supported: layers of different sizes, dense and expert layers in one model, shared experts, and
+ALiBi. A checkpoint that needs one of them is rejected with the name of the key (`config_keys.py`).
 """
 
 from __future__ import annotations
@@ -28,12 +27,13 @@ _SIZES = (
 _CHOICES = {
     "norm": ("rms", "unit_rms", "layer"),
     "position": ("rope", "learned"),
-    "mlp": ("swiglu", "geglu", "gelu", "gelu_erf"),
+    "mlp": ("swiglu", "geglu", "swiglu_oai", "gelu", "gelu_erf"),
     "qk_norm_over": ("head", "projection"),
 }
 _FLAGS = (
     "qkv_bias",
     "linear_bias",
+    "attention_sinks",
     "qk_norm",
     "pre_norms",
     "post_norms",
@@ -50,12 +50,14 @@ _POSITIVE = (
     "attention_multiplier",
     "attn_logit_softcap",
     "final_logit_softcap",
+    "swiglu_limit",
     "embedding_multiplier",
     "residual_multiplier",
     "logits_scaling",
 )
 _OPTIONAL = {"local_rope_theta", "attention_multiplier", "attn_logit_softcap"}
-_OPTIONAL |= {"final_logit_softcap"}
+_OPTIONAL |= {"final_logit_softcap", "swiglu_limit"}
+GATED_MLPS = ("swiglu", "geglu", "swiglu_oai")  # the kinds of MLP with a gate
 MAX_EXPERTS = 4096
 MAX_LAYERS = 4096  # a file with more is damaged; the limit also bounds lists with an item per layer
 
@@ -191,14 +193,17 @@ class Config:
     query_scalar: int | None = None  # scores are divided by its square root; None: head_dim
     attention_multiplier: float | None = None  # multiplies the scores, instead of query_scalar
     attn_logit_softcap: float | None = None  # scores become cap * tanh(score / cap)
+    attention_sinks: bool = False  # each head has a score for attending to no position
     final_logit_softcap: float | None = None  # logits become cap * tanh(logit / cap)
     logits_scaling: float = 1.0  # divides the logits
-    mlp: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = "swiglu"  # gelu: its tanh approximation
+    # gelu is its tanh approximation; `kernels.gated_mlp` defines the kinds with a gate.
+    mlp: Literal["swiglu", "geglu", "swiglu_oai", "gelu", "gelu_erf"] = "swiglu"
+    swiglu_limit: float | None = None  # of swiglu_oai: largest magnitude of gate and up
     num_experts: int | None = None  # E, MLPs per layer; None: one MLP without a router
     num_experts_per_tok: int | None = None  # number of experts that the router chooses per token
     norm_topk_prob: bool = True  # the weights of the chosen experts sum to one
     qkv_bias: bool = False
-    linear_bias: bool = False  # biases on the attention output and on both MLP projections
+    linear_bias: bool = False  # biases on the attention output, the router, and the MLP projections
     scale_embeddings: bool = False  # multiply token embeddings by the square root of d_model
     embedding_multiplier: float = 1.0  # multiplies the token embeddings
     tie_embeddings: bool = True  # the head is the embedding table
@@ -239,6 +244,11 @@ class Config:
             raise ValueError("pre_norms and post_norms must not both be False")
         if self.parallel_residual and (self.post_norms or not self.pre_norms):
             raise ValueError("parallel_residual needs pre_norms=True and post_norms=False")
+        if (self.mlp == "swiglu_oai") != (self.swiglu_limit is not None):
+            raise ValueError(
+                f"swiglu_limit must be set for mlp='swiglu_oai' and None for other kinds, "
+                f"got {self.swiglu_limit} and mlp={self.mlp!r}"
+            )
         self._check_rotation()
         self._check_experts()
         if not isinstance(self.windows, tuple) or not self.windows:
@@ -283,10 +293,10 @@ class Config:
             return
         check_size("num_experts", self.num_experts, MAX_EXPERTS)
         check_size("num_experts_per_tok", self.num_experts_per_tok, self.num_experts)
-        if self.mlp not in ("swiglu", "geglu"):
-            raise ValueError(f"experts have a gate: mlp must be swiglu or geglu, got {self.mlp!r}")
-        if self.linear_bias:
-            raise ValueError("experts have no biases: linear_bias must be False")
+        if self.mlp not in GATED_MLPS:
+            raise ValueError(
+                f"experts have a gate: mlp must be {' or '.join(GATED_MLPS)}, got {self.mlp!r}"
+            )
 
     def has_rope(self, layer: int) -> bool:
         """Return whether queries and keys of `layer` are rotated by their positions."""
@@ -322,17 +332,17 @@ class Config:
             self.num_heads * self.head_dim,
             self.num_kv_heads * self.head_dim,
         )
-        num_maps = 3 if self.mlp in ("swiglu", "geglu") else 2
+        num_maps = 3 if self.mlp in GATED_MLPS else 2
         norm = d * (2 if self.norm == "layer" else 1)
         norms = norm * 2 * (self.pre_norms + self.post_norms)
         if self.qk_norm:
             norms += 2 * self.head_dim if self.qk_norm_over == "head" else heads + kv
         attn = d * (heads + 2 * kv) + heads * d
-        mlp = d * self.d_ff * num_maps
+        mlp = d * self.d_ff * num_maps + (d + self.d_ff * (num_maps - 1)) * self.linear_bias
         if self.num_experts is not None:
-            mlp = self.num_experts * (mlp + d)  # d: a row of the router
-        bias = (heads + 2 * kv) * self.qkv_bias
-        bias += (d + d + self.d_ff * (num_maps - 1)) * self.linear_bias
+            mlp = self.num_experts * (mlp + d + self.linear_bias)  # d: a row of the router
+        bias = (heads + 2 * kv) * self.qkv_bias + d * self.linear_bias
+        bias += self.num_heads * self.attention_sinks
         tables = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         tables += self.max_seq_len * d * (self.position == "learned")
         return self.num_layers * (attn + mlp + bias + norms) + norm + tables

@@ -247,6 +247,13 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "activation": (),
         "mlp_hidden_act": (),  # Nemotron-H
     },
+    "chooses the layers with experts": {
+        "decoder_sparse_step": (1,),  # Qwen MoE
+        "mlp_only_layers": (),
+        "first_k_dense_replace": (0,),  # DeepSeek
+        "moe_layer_freq": (1,),
+        "interleave_moe_layer_step": (1,),  # Llama 4
+    },
     "replaces or adds blocks": {
         "gating": (False,),
         "use_attention_gate": (False,),
@@ -355,6 +362,7 @@ _GGUF_GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "replaces or adds blocks": {
         "expert_count": (0, 1),
         "expert_shared_count": (0,),
+        "leading_dense_block_count": (0,),
         "interleave_moe_layer_step": (0,),
         "moe_every_n_layers": (0,),
         "ssm.state_size": (0,),

@@ -26,7 +26,7 @@ import numpy as np
 from flax import struct
 
 from transformer import attention, cache, kernels, rope
-from transformer.config import Config
+from transformer.config import GATED_MLPS, Config
 from transformer.layers import embed, linear, norm
 from transformer.remat import recompute
 from transformer.weights import Linear, Norm
@@ -45,13 +45,15 @@ class Layer(struct.PyTreeNode):
     v: Linear  # [K * H, D]
     q_norm: Norm | None  # [H] over each head, or [N * H]; None where cfg.qk_norm is False
     k_norm: Norm | None  # [H] over each head, or [K * H]
+    sinks: jax.Array | None  # [N] float32 scores; None where cfg.attention_sinks is False
     out: Linear  # [D, N * H]
     attn_post_norm: Norm | None  # of the attention output; None where cfg.post_norms is False
     mlp_norm: Norm | None  # None where cfg.pre_norms is False
     # [E, D] float32 in every dtype, because a small error can choose another expert; None where the
     # layer has one MLP. With experts, gate, up and down have a leading axis E.
     router: jax.Array | None
-    gate: Linear | None  # [F, D] for swiglu and geglu; None for gelu
+    router_bias: jax.Array | None  # [E] float32; None without biases
+    gate: Linear | None  # [F, D]; None where the kind of MLP has no gate
     up: Linear  # [F, D]
     down: Linear  # [D, F]
     mlp_post_norm: Norm | None  # of the MLP output; None where cfg.post_norms is False
@@ -98,9 +100,12 @@ def abstract(cfg: Config) -> Params:
     def per_expert(linear: Linear) -> Linear:
         if cfg.num_experts is None:
             return linear
-        weight: Any = linear.weight
-        shape, axes = (cfg.num_experts, *weight.shape), ("experts", *weight.axes)
-        return Linear(weight=leaf(shape, axes, weight.initializer))
+        return jax.tree.map(
+            lambda info: leaf(
+                (cfg.num_experts, *info.shape), ("experts", *info.axes), info.initializer
+            ),
+            linear,
+        )
 
     def abstract_norm(width: int = cfg.d_model, axis: str = "model") -> Norm:
         bias = leaf((width,), (axis,), zeros) if cfg.norm == "layer" else None
@@ -125,13 +130,17 @@ def abstract(cfg: Config) -> Params:
         v=kv,
         q_norm=q_norm,
         k_norm=k_norm,
+        sinks=leaf((cfg.num_heads,), ("heads",), normal) if cfg.attention_sinks else None,
         out=abstract_linear(cfg.d_model, heads, ("model", "heads"), cfg.linear_bias, residual),
         attn_post_norm=post_norm,
         mlp_norm=pre_norm,
         router=None
         if cfg.num_experts is None
         else leaf((cfg.num_experts, cfg.d_model), ("experts", "model"), normal),
-        gate=per_expert(up) if cfg.mlp in ("swiglu", "geglu") else None,
+        router_bias=leaf((cfg.num_experts,), ("experts",), zeros)
+        if cfg.num_experts is not None and cfg.linear_bias
+        else None,
+        gate=per_expert(up) if cfg.mlp in GATED_MLPS else None,
         up=per_expert(up),
         down=per_expert(down),
         mlp_post_norm=post_norm,
@@ -238,6 +247,11 @@ def self_attention(
     return linear(y.reshape(batch, length, n * h), layer.out)
 
 
+def attention_options(layer: Layer, cfg: Config, window: int | None) -> dict[str, Any]:
+    """Return the arguments of attention functions that are the same with and without a cache."""
+    return dict(window=window, softcap=cfg.attn_logit_softcap, sinks=layer.sinks)
+
+
 def mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
     """Return the output of the MLP: normed residual stream, float32 [B, T, D] -> [B, T, D].
 
@@ -248,19 +262,23 @@ def mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
     if layer.gate is None:
         is_tanh = cfg.mlp == "gelu"
         return linear(jax.nn.gelu(linear(y, layer.up), approximate=is_tanh), layer.down)
+    maps = (layer.gate, layer.up, layer.down)
     if layer.router is None:
-        return kernels.gated_mlp(y, layer.gate, layer.up, layer.down, cfg.mlp)
-    weights, experts = route(y, layer.router, cfg)
-    return kernels.experts(y, weights, experts, layer.gate, layer.up, layer.down, cfg.mlp)
+        return kernels.gated_mlp(y, *maps, cfg.mlp, limit=cfg.swiglu_limit)
+    weights, experts = route(y, layer.router, cfg, layer.router_bias)
+    return kernels.experts(y, weights, experts, *maps, cfg.mlp, limit=cfg.swiglu_limit)
 
 
-def route(y: jax.Array, router: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
+def route(
+    y: jax.Array, router: jax.Array, cfg: Config, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Choose the experts of each token.
 
     Args:
         y: The normed residual stream, float32 [B, T, D].
         router: Weights of the router, float32 [E, D].
         cfg: Config of the decoder.
+        bias: Bias of the router, float32 [E] or None.
 
     Returns:
         The weights of the k = cfg.num_experts_per_tok most likely experts, float32 [B, T, k], and
@@ -269,7 +287,7 @@ def route(y: jax.Array, router: jax.Array, cfg: Config) -> tuple[jax.Array, jax.
     """
     assert cfg.num_experts_per_tok is not None
     with jax.named_scope("route"):
-        probabilities = jax.nn.softmax(linear(y, Linear(router)), axis=-1)  # [B, T, E]
+        probabilities = jax.nn.softmax(linear(y, Linear(router, bias)), axis=-1)  # [B, T, E]
         weights, experts = jax.lax.top_k(probabilities, cfg.num_experts_per_tok)
         if cfg.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdims=True)
@@ -450,7 +468,7 @@ def _forward_layer(x, layer, angles, segments, *, cfg, window, output_attentions
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal weights
-        options: Any = dict(window=window, segments=segments, softcap=cfg.attn_logit_softcap)
+        options: Any = dict(segments=segments, **attention_options(layer, cfg, window))
         if not output_attentions:
             return kernels.attend(q, k, v, **options)
         out, weights = attention.attend(q, k, v, **options)
@@ -527,9 +545,8 @@ def _forward_layer_cached(x, layer, keys, values, cfg, angles, tables, starts, *
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal keys, values
         keys, values = cache.append(keys, values, k, v, tables, starts)
-        return cache.attend(
-            q, keys, values, tables, starts, window=window, softcap=cfg.attn_logit_softcap
-        )
+        options = attention_options(layer, cfg, window)
+        return cache.attend(q, keys, values, tables, starts, **options)
 
     return block(x, layer, cfg, angles, attend), keys, values
 

@@ -114,6 +114,7 @@ class Family:
     # In GGUF files, every n-th layer has no window; 1: all layers have one; None: no windows.
     gguf_window_period: int | None = None
     gguf_rope_layers: tuple[bool, ...] = (True,)  # `Config.rope_layers` of GGUF files
+    gguf_yarn_truncate: bool = True  # `RopeScaling.truncate` of GGUF files
     gguf_local_rope_theta: float | None = None  # default of rope.freq_base_swa
     # GGUF metadata have no key for query_scalar. It is d_model / num_heads in one model of the
     # family (27B), which is recognized by this number of layers.
@@ -347,8 +348,45 @@ FAMILIES = {
             norm_topk_prob=False,
         ),
         activation=_SILU,
-        neutral=_QK_NORM | {"decoder_sparse_step": (1,), "mlp_only_layers": ()},
+        neutral=_QK_NORM,
         unused=frozenset({"intermediate_size"}),  # the width of layers without experts
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        gguf="gpt-oss",
+        fixed_fields=_LLAMA_FIELDS
+        | dict(qkv_bias=True, linear_bias=True, attention_sinks=True, norm_topk_prob=True),
+        keys=_LLAMA_KEYS
+        | _EXPERT_KEYS
+        | {"num_local_experts": "num_experts", "swiglu_limit": "swiglu_limit"},
+        hf_defaults=dict(
+            head_dim=64,
+            rope_theta=150_000.0,
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=32.0,
+                original_max_position_embeddings=4096,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=False,
+            ),
+            rms_norm_eps=1e-5,
+            sliding_window=128,
+            sliding_window_pattern=2,
+            tie_word_embeddings=False,
+            num_local_experts=128,
+            num_experts_per_tok=4,
+            swiglu_limit=7.0,
+        ),
+        activation=("hidden_act", dict.fromkeys(("silu", "swish"), "swiglu_oai")),
+        derived=frozenset(),
+        neutral={"attention_bias": (True,), "swiglu_alpha": (1.702,)},
+        # Other names of original_max_position_embeddings and num_experts_per_tok.
+        unused=frozenset({"initial_context_length", "experts_per_token"}),
+        has_layer_types=True,
+        gguf_keys={"swiglu_clamp_exp": ("swiglu_limit", 7.0)},
+        gguf_window_period=2,
+        gguf_yarn_truncate=False,
     ),
 }
 
@@ -363,7 +401,7 @@ _SCALING_KEYS = {
     "short_factor": "short_factor",
     "long_factor": "long_factor",
 }
-_GGUF_EXPERTS = ("llama", "qwen3moe")  # architectures whose files can have experts
+_GGUF_EXPERTS = ("llama", "qwen3moe", "gpt-oss")  # architectures whose files can have experts
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 _LAYER_TYPES = {_LOCAL, _GLOBAL}
 
@@ -529,6 +567,8 @@ def _to_hf(cfg: Config, kind: str, family: Family) -> dict[str, Any]:
         out["attention_multiplier"] = cfg.head_dim**-0.5
     if cfg.position == "rope":
         out[family.theta_key] = cfg.rope_theta
+        if cfg.rope_scaling is None and "rope_parameters" in family.hf_defaults:
+            out["rope_parameters"] = {"rope_type": "default", "rope_theta": cfg.rope_theta}
         if cfg.rope_scaling is not None:
             scaling = dataclasses.asdict(cfg.rope_scaling)
             out["rope_scaling"] = {"rope_type": scaling.pop("rope_type")} | {
@@ -807,7 +847,9 @@ def from_gguf(
             fields["rotary_dim"] = rotated
         elif rotated != fields["head_dim"]:
             raise ValueError(f"{kind}.rope.dimension_count must be head_dim, got {rotated}")
-        fields["rope_scaling"] = _gguf_scaling(rest, fields, rope_factors or {})
+        fields["rope_scaling"] = _gguf_scaling(
+            rest, fields, rope_factors or {}, family.gguf_yarn_truncate
+        )
         fields["rope_layers"] = family.gguf_rope_layers
     if family.gguf_local_rope_theta is not None:
         fields["local_rope_theta"] = pop("rope.freq_base_swa", family.gguf_local_rope_theta)
@@ -864,7 +906,10 @@ def _gguf_windows(rest: dict[str, Any], period: int) -> tuple[int | None, ...]:
 
 
 def _gguf_scaling(
-    rest: dict[str, Any], fields: dict[str, Any], factors: Mapping[str, Sequence[float]]
+    rest: dict[str, Any],
+    fields: dict[str, Any],
+    factors: Mapping[str, Sequence[float]],
+    yarn_truncate: bool,
 ) -> RopeScaling | None:
     """Convert the keys `rope.scaling.*`, and the tables of Llama 3 and LongRoPE.
 
@@ -900,6 +945,7 @@ def _gguf_scaling(
     if frequencies is not None:
         raise ValueError(f"rope.scaling.type must be none with rope_freqs.weight, got {kind!r}")
     if kind == "yarn" and isinstance(factor, int | float):
+        rope["truncate"] = yarn_truncate
         attn_factor = rest.pop("rope.scaling.attn_factor", 1)
         if not isinstance(attn_factor, int | float):
             raise ValueError(f"rope.scaling.attn_factor must be a number, got {attn_factor!r}")

@@ -55,7 +55,7 @@ def attention(params: Params, cfg: Config, ids: Sequence[int]) -> jax.Array:
 
     Returns:
         The weight of each key (last axis) for each query, float32 [L, N, T, T]; the last axis sums
-        to 1.
+        to 1, or less with attention sinks.
 
     Raises:
         ValueError: There are no ids or too many, or an id is not in the vocabulary.

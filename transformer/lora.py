@@ -229,7 +229,7 @@ def load(folder: Path, cfg: Config) -> Adapter:
                 continue
             out, inner = getattr(layer, name).weight.shape
             b = read(b_name, (num_rows[source.name], rank))
-            b = rows_of(b, source, out, cfg.head_dim)
+            b = rows_of(b, source, out)
             loras[name] = Lora(a=read(a_name, (rank, inner)), b=b, scale=scale)
         adapter.append(loras)
     if missing:
@@ -272,7 +272,7 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
                 )
             tensors[_tensor_name(source, "A")] = np.asarray(loras[0].a)
             b = [np.asarray(lora.b) for lora in loras]
-            tensors[_tensor_name(source, "B")] = join_rows(sources[names[0]], b, cfg.head_dim)
+            tensors[_tensor_name(source, "B")] = join_rows(sources[names[0]], b)
             settings |= {(len(lora.a), lora.scale) for lora in loras}
             adapted.add(_module(source))
     if len(settings) != 1:

@@ -93,14 +93,15 @@ def forward(
     residual, attentions = [x], []
     for i, layer in enumerate(params.decoder.layers):
         window = cfg.decoder.window(i)
+        if not cfg.is_causal and window is not None:
+            window = window // 2  # to either side
+        options: Any = decoder.attention_options(layer, cfg.decoder, window)
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, window=window) -> jax.Array:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, options=options) -> jax.Array:
             if cfg.is_causal and "attention" not in taps:
-                return kernels.attend(q, k, v, window=window, segments=segments)
-            if not cfg.is_causal and window is not None:
-                window = window // 2  # to either side
+                return kernels.attend(q, k, v, segments=segments, **options)
             out, weights = attention.attend(
-                q, k, v, window=window, segments=segments, is_causal=cfg.is_causal
+                q, k, v, segments=segments, is_causal=cfg.is_causal, **options
             )
             attentions.append(weights)
             return out

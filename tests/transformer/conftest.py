@@ -25,6 +25,7 @@ MORE = (
     "smollm3",
     "mixtral",
     "qwen3_moe",
+    "gpt_oss",
 )
 GPT2_VARIANT = dict(
     norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4

@@ -28,10 +28,9 @@ def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarra
     same("stream", x, 0)
     for i, layer in enumerate(params.layers):
 
-        def attend(q, k, v, i=i):
-            out, weights = attention.attend(
-                q, k, v, window=cfg.window(i), softcap=cfg.attn_logit_softcap
-            )
+        def attend(q, k, v, i=i, layer=layer):
+            options = decoder.attention_options(layer, cfg, cfg.window(i))
+            out, weights = attention.attend(q, k, v, **options)
             same("attention", weights, i)
             return out
 
@@ -61,7 +60,7 @@ def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarra
             same("mlp_norm", decoder._norm(added, layer.mlp_norm, cfg), i)
             normed = golden["mlp_norm"][i]
         if layer.router is not None:
-            weights, experts = decoder.route(normed, layer.router, cfg)
+            weights, experts = decoder.route(normed, layer.router, cfg, layer.router_bias)
             same("router_weights", weights, i)
             same("router_experts", experts, i, atol=0)
         else:

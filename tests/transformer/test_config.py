@@ -43,6 +43,16 @@ YARN = RopeScaling(
 )
 
 
+GPT_OSS = Config.debug(
+    qkv_bias=True,
+    linear_bias=True,
+    attention_sinks=True,
+    mlp="swiglu_oai",
+    swiglu_limit=7.0,
+    num_experts=4,
+    num_experts_per_tok=2,
+    windows=(64, None),
+)
 LONG = dict(
     rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.5, 9.0]
 )
@@ -90,7 +100,10 @@ def test_debug_is_small_and_hashable():
         ({"num_experts": 4}, ["num_experts", "num_experts_per_tok", 4, None]),
         ({"num_experts": 4, "num_experts_per_tok": 5}, ["num_experts_per_tok", 4, 5]),
         ({"num_experts": 2, "num_experts_per_tok": 1, "mlp": "gelu"}, ["mlp", "'gelu'"]),
-        ({"num_experts": 2, "num_experts_per_tok": 1, "linear_bias": True}, ["linear_bias"]),
+        ({"swiglu_limit": 7.0}, ["swiglu_limit", 7.0, "'swiglu'"]),
+        ({"mlp": "swiglu_oai"}, ["swiglu_limit", None, "'swiglu_oai'"]),
+        ({"mlp": "swiglu_oai", "swiglu_limit": 0.0}, ["swiglu_limit", 0.0]),
+        ({"attention_sinks": 1}, ["attention_sinks", 1]),
     ],
     ids=str,
 )
@@ -153,6 +166,8 @@ def test_windows_are_normalized_to_shortest_period(windows, shortest):
         Config.debug(num_experts=4, num_experts_per_tok=2, windows=(64,)),
         Config.debug(num_experts=4, num_experts_per_tok=2, norm_topk_prob=False, qk_norm=True),
         Config.debug(rope_layers=(True, False), windows=(None, 64)),
+        GPT_OSS,
+        dataclasses.replace(GPT_OSS, rope_scaling=YARN, windows=(None,)),
         Config.debug(embedding_multiplier=3.0, attention_multiplier=0.1),
         Config.debug(
             **GPT2_VARIANT | dict(position="rope", parallel_residual=True, mlp="gelu_erf")
@@ -257,6 +272,12 @@ def test_to_hf_without_model_type_raises(change):
         ("mixtral", {"num_experts_per_tok": 7}, ["num_experts_per_tok", 6, 7]),
         ("mixtral", {"num_local_experts": "8"}, ["num_experts", "'8'"]),
         ("mixtral", {"n_shared_experts": 1}, ["n_shared_experts", 1]),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers", 1]),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step", 2]),
+        ("qwen3_moe", {"first_k_dense_replace": 1}, ["first_k_dense_replace", 1]),
+        ("gpt_oss", {"swiglu_limit": "7"}, ["swiglu_limit", "'7'"]),
+        ("gpt_oss", {"swiglu_alpha": 2.0}, ["swiglu_alpha", 2.0]),
+        ("gpt_oss", {"attention_bias": False}, ["attention_bias", False]),
         ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step", 2]),
         ("qwen3_moe", {"mlp_only_layers": [0]}, ["mlp_only_layers", "[0]"]),
         ("qwen3_moe", {"moe_intermediate_size": None}, ["moe_intermediate_size"]),

@@ -3,6 +3,7 @@
 `test_parity_families.py` compares longer sequences, losses and gradients with transformers.
 """
 
+import dataclasses
 import shutil
 
 import gguf
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.naming import naming
 from tests.transformer.conftest import GOLDEN, MORE, randomize
+from tests.transformer.quantized import quantized
 from transformer import cache, checkpoint, decoder, kernels, lora, quarot
 from transformer.bench import decoder_cases
 from transformer.config import Config
@@ -39,8 +41,8 @@ def test_forward_matches_transformers(tiny, name):
 
 
 # gemma2: soft caps and windows; phi3: LongRoPE of a part of each head; smollm3: layers without
-# rotation.
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "smollm3"])
+# rotation; gpt_oss: sinks.
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "smollm3", "gpt_oss"])
 def test_forward_cached_matches_transformers(tiny, name):
     params, cfg, golden = tiny(name)
 
@@ -58,12 +60,20 @@ def test_forward_cached_matches_transformers(tiny, name):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in MORE if name != "phi3"])
+@pytest.mark.parametrize("name", [name for name in MORE if name not in ("phi3", "gpt_oss")])
 def test_float64_decoder_matches_transformers(tiny, name):
-    """`exact.decoder` has no RoPE scaling, so phi3 is left out."""
+    """`exact.decoder` has no RoPE scaling, so phi3 and gpt_oss are left out."""
     params, cfg, golden = tiny(name)
     logits = exact.decoder(params, cfg, golden["ids"])
     np.testing.assert_allclose(logits, golden["logits"][:, -1], rtol=0, atol=1e-4)
+
+
+def test_float64_decoder_has_sinks_and_biases_of_experts(tiny):
+    params, cfg, golden = tiny("gpt_oss")
+    cfg = dataclasses.replace(cfg, rope_scaling=None)
+    logits = exact.decoder(params, cfg, golden["ids"])
+    expected, _ = forward(params, cfg, golden["ids"])
+    np.testing.assert_allclose(logits, expected[:, -1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MORE)
@@ -82,7 +92,7 @@ def test_save_then_load_is_bitwise_equal(tiny, tmp_path, name):
         np.testing.assert_array_equal(ours[key], theirs[key])
 
 
-@pytest.mark.parametrize("name", ["granite", "mixtral", "olmo2"])
+@pytest.mark.parametrize("name", ["granite", "mixtral", "olmo2", "gpt_oss"])
 def test_int8_logits_are_close_to_float32(tiny, name):
     """The weights of experts and router are rotated too; OLMo 2 has norms that forbid rotation."""
     params, cfg, golden = tiny(name)
@@ -99,7 +109,8 @@ def test_int8_logits_are_close_to_float32(tiny, name):
 
     is_linear = lambda node: isinstance(node, Linear)  # noqa: E731
     widened = jax.tree.map(lambda p: dequantize(p) if is_linear(p) else p, int8, is_leaf=is_linear)
-    actual, expected = exact.decoder(widened, cfg, golden["ids"]), golden["logits"][:, -1]
+    cfg = dataclasses.replace(cfg, rope_scaling=None)
+    actual, expected = (exact.decoder(p, cfg, golden["ids"]) for p in (widened, params))
     assert np.abs(actual - expected).mean() < 0.05 * np.std(expected)
 
 
@@ -138,6 +149,28 @@ def test_experts_match_reference(rows, dtype, tolerance):
         expected = experts(*arguments, "swiglu", impl="reference")
         actual = experts(*arguments, "swiglu")
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_gradient_of_experts_equals_that_of_the_dense_formulation():
+    """With biases, of all arguments."""
+    x, weights, chosen, *maps = expert_arguments(7)
+    rng = np.random.default_rng(1)
+    maps = [p.replace(bias=rng.standard_normal(p.weight.shape[:2], np.float32)) for p in maps]
+    target = rng.standard_normal(x.shape, np.float32)
+
+    def gradients(impl):
+        def loss(x, weights, maps):
+            y = kernels.experts(x / 8, weights, chosen, *maps, "swiglu_oai", limit=1.0, impl=impl)
+            return (y * target).sum()
+
+        grad = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=OPTIONS)
+        return grad(x, weights, maps)
+
+    for actual, expected in zip(
+        jax.tree.leaves(gradients(None)), jax.tree.leaves(gradients("reference")), strict=True
+    ):
+        atol = 1e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
 def test_number_of_expert_products_does_not_depend_on_num_experts():
@@ -179,6 +212,83 @@ def test_router_weights_sum_to_one_only_with_norm_topk_prob():
     np.testing.assert_allclose(normed[0, 0], expected / expected.sum(), rtol=1e-6)
 
 
+# Layouts of experts
+
+
+def joined(tensors: dict, experts: str) -> dict:
+    """Return tensors with all experts of a layer in one, as transformers 5 holds them."""
+    names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    out, parts = {}, {}
+    for name, tensor in tensors.items():
+        if f".{experts}.experts." in name:
+            layer, rest = name.split(f".{experts}.experts.")
+            expert, part, _ = rest.split(".")
+            parts.setdefault((layer, names.get(part, part)), {})[int(expert)] = tensor
+        else:
+            out[name.replace(f".{experts}.gate.", ".mlp.gate.")] = tensor
+    stacked = {key: np.stack([part[e] for e in range(len(part))]) for key, part in parts.items()}
+    for layer in {layer for layer, _ in stacked}:
+        both = [stacked[layer, part] for part in ("gate_proj", "up_proj")]
+        out[f"{layer}.mlp.experts.gate_up_proj"] = np.concatenate(both, axis=1)
+        out[f"{layer}.mlp.experts.down_proj"] = stacked[layer, "down_proj"]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), [("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")]
+)
+def test_experts_in_one_tensor_equal_those_of_one_each(tiny, tmp_path, name, experts):
+    shutil.copy(GOLDEN / name / "config.json", tmp_path)
+    tensors = joined(load_file(GOLDEN / name / "model.safetensors"), experts)
+    save_file(tensors, tmp_path / "model.safetensors")
+    params, cfg, _ = checkpoint.load(tmp_path)
+    assert cfg == tiny(name).cfg
+    jax.tree.map(np.testing.assert_array_equal, params, tiny(name).params)
+    joined_name = "model.layers.1.mlp.experts.gate_up_proj"
+    for wrong in (tensors[joined_name][0], tensors[joined_name][None], tensors[joined_name][1:]):
+        save_file(tensors | {joined_name: wrong.copy()}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=naming(tmp_path, joined_name)):
+            checkpoint.load(tmp_path)
+
+
+def test_mxfp4_experts_are_dequantized(tmp_path):
+    expected = quantized(tmp_path)
+    params, cfg, _ = checkpoint.load(tmp_path)
+    checkpoint.save(tmp_path / "floats", params, cfg)
+    actual = load_file(tmp_path / "floats" / "model.safetensors")
+    for key, weight in expected.items():
+        np.testing.assert_array_equal(actual[key], weight)
+    assert {tensor.dtype for tensor in checkpoint.read_header(tmp_path).tensors.values()} == {
+        "F32", "MXFP4",
+    }  # fmt: skip
+
+
+BLOCKS = "model.layers.1.mlp.experts.down_proj_blocks"
+SCALES = BLOCKS.replace("blocks", "scales")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop(BLOCKS),
+        lambda t: t.pop(SCALES),
+        lambda t: t.update({BLOCKS: t[BLOCKS][0].copy()}),
+        lambda t: t.update({BLOCKS: t[BLOCKS][..., :8].copy()}),
+        lambda t: t.update({SCALES: t[SCALES][..., None].copy()}),
+        lambda t: t.update({SCALES: np.full_like(t[SCALES], 255)}),
+    ],
+)
+def test_damaged_mxfp4_is_rejected(tmp_path, change):
+    quantized(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=naming(path)) as error:
+        checkpoint.load(tmp_path)
+    assert BLOCKS.removesuffix("_blocks") in str(error.value)
+
+
 # Adapters
 
 
@@ -204,8 +314,9 @@ def test_adapter_of_fused_projections_round_trips(tiny, tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, reloaded, tuple(same_a))
 
 
-def test_adapter_of_experts_is_rejected(tiny):
-    cfg = tiny("mixtral").cfg
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_adapter_of_experts_is_rejected(tiny, name):
+    cfg = tiny(name).cfg
     adapter = lora.init(jax.random.key(1), cfg, rank=2, alpha=4)
     assert set(adapter[0]) == {"q", "k", "v", "out"}
     with pytest.raises(ValueError, match=naming("experts", "'up'")):
@@ -224,6 +335,8 @@ def damaged(tmp_path, name: str, change):
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+GPT_OSS = "model.layers.1.mlp.experts.gate_up_proj"
+SINKS = "model.layers.0.self_attn.sinks"
 QKV = "model.layers.0.self_attn.qkv_proj.weight"
 QWEN3 = GOLDEN / "qwen3" / "model.safetensors"
 
@@ -235,6 +348,19 @@ QWEN3 = GOLDEN / "qwen3" / "model.safetensors"
         ("mixtral", lambda t: t.update({EXPERT: t[EXPERT][0].copy()}), [EXPERT, "(40,)"]),
         ("mixtral", lambda t: t.update({EXPERT: t[EXPERT].T.copy()}), [EXPERT, "(40, 32)"]),
         ("mixtral", lambda t: t.pop(EXPERT), [EXPERT]),
+        ("gpt_oss", lambda t: t.update({GPT_OSS: t[GPT_OSS][0].copy()}), [GPT_OSS, "(32, 128)"]),
+        (
+            "gpt_oss",
+            lambda t: t.update({GPT_OSS: t[GPT_OSS][1:].copy()}),
+            [GPT_OSS, "(3, 32, 128)"],
+        ),
+        (
+            "gpt_oss",
+            lambda t: t.update({GPT_OSS: t[GPT_OSS].swapaxes(1, 2).copy()}),
+            [GPT_OSS, "(4, 128, 32)"],
+        ),
+        ("gpt_oss", lambda t: t.pop(f"{GPT_OSS}_bias"), [f"{GPT_OSS}_bias"]),
+        ("gpt_oss", lambda t: t.pop(SINKS), [SINKS]),
         ("mixtral", lambda t: t.update({EXPERT.replace("3", "6"): t[EXPERT]}), ["experts.6"]),
         (
             "phi3",

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 import bpe
 from bpe.save import save as save_tokenizer
 from tests.transformer.conftest import GOLDEN, MORE
+from tests.transformer.quantized import quantized
 from tests.transformer.test_quantized import QUANTIZATION, random_tensors
 from transformer import checkpoint, decoder
 from transformer.checkpoint import gguf
@@ -39,6 +40,7 @@ CHANGES = {
         num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], layer_types=["full_attention"] * 4
     ),
     "qwen3_moe": dict(norm_topk_prob=True),
+    "gpt_oss": dict(swiglu_limit=7.0),
 }
 
 
@@ -131,12 +133,13 @@ def test_converter_dequantizes_to_the_same_weights(llama_cpp, tmp_path, method):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), params, expected)
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [*MORE, "gpt_oss-mxfp4"])
 def test_converted_model_matches_transformers(llama_cpp, tmp_path, name):
     import torch
 
     from tests.golden.transformer import make_tiny
 
+    name, _, quantization = name.partition("-")
     is_sentencepiece = name in SENTENCEPIECE
     vocab = "llama-spm" if is_sentencepiece else "gpt-2"
     metadata = vocabulary(llama_cpp / "models" / f"ggml-vocab-{vocab}.gguf")
@@ -149,6 +152,9 @@ def test_converted_model_matches_transformers(llama_cpp, tmp_path, name):
     model = make_tiny.random_model(config)
     folder = tmp_path / "hf"
     model.save_pretrained(folder)
+    if quantization:
+        for key, weight in quantized(folder, folder).items():
+            model.get_parameter(key).data = torch.tensor(weight)
     from_folder, folder_cfg, _ = checkpoint.load(folder)
     if name == "gpt_neox":
         # The converter needs this key of published files, which transformers 5 renames when it

@@ -9,9 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.transformer.conftest import MORE, TINY
 from tests.transformer.parts import check_parts
+from tests.transformer.quantized import quantized
 from training.recipes.decoder import next_token_loss
 from transformer import cache, checkpoint, config_keys, decoder, families, lora, rope
 
@@ -155,7 +157,7 @@ LORA_TARGETS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "olmo2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    **dict.fromkeys(("mixtral", "gpt_oss"), ["q_proj", "k_proj", "v_proj", "o_proj"]),
 }
 
 
@@ -186,6 +188,33 @@ def test_logits_with_adapter_match_peft(name, tmp_path):
         adapted_params = change(params, other)
         logits, _ = decoder.forward(adapted_params, cfg, ids.numpy())
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_mxfp4_is_dequantized_as_by_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    names = quantized(tmp_path)
+    header = checkpoint.read_header(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in names:
+        parts = (torch.tensor(tensors[name + suffix]) for suffix in ("_blocks", "_scales"))
+        expected = convert_moe_packed_tensors(*parts, dtype=torch.float32)
+        actual = header.tensors[name].read(0, len(expected))
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_experts_in_one_tensor_that_transformers_saves(tmp_path):
+    model, _ = reference("qwen3_moe")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "all", save_original_format=False)
+    names = checkpoint.read_header(tmp_path / "all").tensors
+    assert "model.layers.1.mlp.experts.gate_up_proj" in names
+    (params, cfg, _), (expected, same_cfg, _) = map(
+        checkpoint.load, (tmp_path / "all", tmp_path / "one")
+    )
+    assert cfg == same_cfg
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
@@ -243,6 +272,7 @@ TOLERATED_OF = {
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.3},
     "mixtral": {"num_experts": 6, "router_jitter_noise": 0.1},
     "qwen3_moe": {"num_experts": 6, "intermediate_size": 7, "router_aux_loss_coef": 1.0},
+    "gpt_oss": {"num_experts": 4, "experts_per_token": 7, "initial_context_length": 7},
 }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from transformer import cache, decoder, encoder, generate, kernels, layers, quarot, rope, sampling
 from transformer.bench.case import Case, in_float64
-from transformer.config import Config
+from transformer.config import GATED_MLPS, Config
 from transformer.kernels import exact
 from transformer.weights import Linear
 
@@ -179,7 +179,7 @@ def _rotate(cfg: Config) -> Iterator[Case]:
 
 
 def _gated_mlp(cfg: Config) -> Iterator[Case]:
-    if cfg.mlp not in ("swiglu", "geglu"):
+    if cfg.mlp not in GATED_MLPS:
         return
     for dtype in DTYPES:
         for rows in (1, PROMPT_LENGTH):
@@ -192,7 +192,8 @@ def _gated_mlp(cfg: Config) -> Iterator[Case]:
                 return _normal(1, rows, cfg.d_model), p["gate"], p["up"], p["down"]
 
             def function(x, gate, up, down, *, impl=None):
-                return kernels.gated_mlp(x, gate, up, down, cfg.mlp, impl=impl)
+                limit = cfg.swiglu_limit
+                return kernels.gated_mlp(x, gate, up, down, cfg.mlp, limit=limit, impl=impl)
 
             yield Case(
                 name=f"gated_mlp {rows}x{cfg.d_model}x{cfg.d_ff} {dtype}",
@@ -210,7 +211,7 @@ def _gated_mlp(cfg: Config) -> Iterator[Case]:
 def _experts(cfg: Config) -> Iterator[Case]:
     """Yield cases with the experts of the config, or 8 of which a token takes 2."""
     num_experts, k = cfg.num_experts or 8, cfg.num_experts_per_tok or 2
-    kind = cfg.mlp if cfg.mlp in ("swiglu", "geglu") else "swiglu"
+    kind = cfg.mlp if cfg.mlp in GATED_MLPS else "swiglu"
     for dtype in DTYPES:
         for rows in (1, PROMPT_LENGTH):
 
@@ -228,7 +229,8 @@ def _experts(cfg: Config) -> Iterator[Case]:
                 return x, chosen_weights, chosen, p["gate"], p["up"], p["down"]
 
             def function(x, weights, chosen, gate, up, down, *, impl=None):
-                return kernels.experts(x, weights, chosen, gate, up, down, kind, impl=impl)
+                arguments = (x, weights, chosen, gate, up, down, kind)
+                return kernels.experts(*arguments, limit=cfg.swiglu_limit, impl=impl)
 
             yield Case(
                 name=f"experts {rows}x{cfg.d_model} by {k} of {num_experts} {dtype}",

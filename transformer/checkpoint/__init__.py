@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -209,7 +209,8 @@ def build_params(
         is_skipped = dtype == "int8" and name in quarot.int8_skip_modules(cfg)
         if is_rotated and name in quarot.OUTPUT_PROJECTIONS:
             slabs = _rotated_outputs(slabs, info.weight.shape[-2:])
-            bias = None if bias is None else quarot.rotate_output_weight(bias[:, None])[:, 0]
+            if bias is not None:  # a row vector like x, or one for each expert
+                bias = quarot.rotate_input_weight(np.atleast_2d(bias)).reshape(bias.shape)
         elif is_rotated:
             scale = norm_weight(key_path)
             slabs = ((start, quarot.rotate_input_weight(rows, scale)) for start, rows in slabs)
@@ -244,7 +245,7 @@ def _match_tensors(
     """
     if cfg.num_layers > len(tensors):  # checked before a tree of so many layers is built
         raise ValueError(f"{path}: {len(tensors)} tensors are too few for {cfg.num_layers} layers")
-    tree: Any = tensor_sources(cfg, scheme, architecture=architecture)
+    tree: Any = tensor_sources(cfg, scheme, architecture=architecture, names=tensors.keys())
     infos = abstract(cfg)
     num_rows = rows_per_tensor(tree, infos)
     names = {name for name in tensors if not name.endswith(_IGNORED_TENSORS)}
@@ -262,8 +263,9 @@ def _match_tensors(
         )
     for weight, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
         for source, part in tensors_of(weight, info.shape):
+            experts, part = (part[:1], part[1:]) if source.has_experts else ((), part)
             expected = (num_rows[source.name], *part[1:])
-            expected = expected[::-1] if source.is_transposed else expected
+            expected = (*experts, *(expected[::-1] if source.is_transposed else expected))
             tensor = tensors[source.name]
             if tensor.shape != expected:
                 raise ValueError(
@@ -348,8 +350,14 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
     jax.tree.map(add, tensor_sources(cfg, "hf", architecture=config["model_type"]), params)
     tensors = {}
     for name, arrays in parts_by_tensor.items():
-        joined = join_rows(sources[name], arrays, cfg.head_dim)
-        joined = joined.T if sources[name].is_transposed else joined
+        source = sources[name]
+
+        def join(parts: Sequence[np.ndarray], source=source) -> np.ndarray:
+            joined = join_rows(source, parts)
+            return joined.T if source.is_transposed else joined
+
+        has_experts = source.has_experts
+        joined = np.stack([*map(join, zip(*arrays, strict=True))]) if has_experts else join(arrays)
         tensors[name] = np.ascontiguousarray(joined)
     safetensors.write(Path(folder), config, tensors)
 
@@ -388,7 +396,8 @@ def _aligned_empty(shape: tuple[int, int], dtype: Any) -> np.ndarray:
 
 
 def _read(source: TensorSource, shape: tuple[int, ...], tensors, cfg: Config) -> np.ndarray:
-    return np.concatenate([rows for _, rows in _slabs(source, shape, tensors, cfg)])
+    rows = [rows for _, rows in _slabs(source, shape, tensors, cfg)]
+    return np.concatenate(rows).reshape(shape)
 
 
 def _slabs(
@@ -398,9 +407,10 @@ def _slabs(
 
     The rows of all experts are numbered consecutively: those of expert 1 follow those of expert 0.
     """
-    if len(shape) == 3 and "{e}" not in weight.name:  # all experts in one tensor
+    if weight.has_experts:
         for e in range(shape[0]):
-            yield e * shape[1], tensors[weight.name].read(e, e + 1)[0]
+            rows = tensors[weight.name].read(e, e + 1)[0]
+            yield e * shape[1], rows_of(rows.T if weight.is_transposed else rows, weight, shape[1])
         return
     for e, (source, part) in enumerate(tensors_of(weight, shape)):
         for start, rows in _slabs_of_tensor(source, part, tensors[source.name], cfg):
@@ -419,8 +429,8 @@ def _slabs_of_tensor(
     for start in range(0, shape[0], slab):
         stop = min(start + slab, shape[0])
         if source.stride:
-            groups = read(*(n // cfg.head_dim * source.stride for n in (start, stop)))
-            rows = rows_of(groups, source, stop - start, cfg.head_dim)
+            groups = read(*(n // source.group * source.stride for n in (start, stop)))
+            rows = rows_of(groups, source, stop - start)
         else:
             rows = read(first + start, first + stop)
         if source.is_interleaved:

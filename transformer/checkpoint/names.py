@@ -4,18 +4,21 @@ There is one table per naming scheme: Hugging Face (Llama, and families that dif
 GGUF. A `TensorSource` describes how to convert a tensor to a weight: a tensor can be transposed,
 have interleaved rows, or be stored plus one; several weights can share one tensor; and the experts
 of a layer have one tensor each or one for all.
+
+transformers 5 holds all experts of a layer in one tensor, with gate and up together. It writes them
+as one tensor per expert unless `save_original_format=False`; both layouts are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from transformer.config import Config
+from transformer.config import GATED_MLPS, Config
 from transformer.decoder import Layer, Params
 from transformer.weights import Linear, Norm
 
@@ -26,9 +29,11 @@ class TensorSource:
 
     name: str  # with "{e}" for the index of the expert if each expert has its own tensor
     first_row: int = 0  # first row of the weight in the tensor, after the transposition
-    # The rows of each head alternate with those of other weights: this weight has rows `first_row`
-    # to `first_row` + H of every group of `stride` rows. 0: its rows are contiguous.
+    # Rows alternate with those of other weights: of every `stride` rows, this weight has `group`
+    # rows from `first_row` on. 0: its rows are contiguous.
     stride: int = 0
+    group: int = 0
+    has_experts: bool = False  # all experts of a layer, on a first axis
     is_transposed: bool = False  # stored as [in, out] (the Conv1D of GPT-2)
     is_interleaved: bool = False  # rotary pairs are adjacent rows (GGUF llama)
     is_shifted: bool = False  # stored plus one (GGUF gemma norms)
@@ -43,6 +48,7 @@ _HF_LLAMA = {
     "v": "model.layers.{i}.self_attn.v_proj",
     "q_norm": "model.layers.{i}.self_attn.q_norm",
     "k_norm": "model.layers.{i}.self_attn.k_norm",
+    "sinks": "model.layers.{i}.self_attn.sinks",
     "out": "model.layers.{i}.self_attn.o_proj",
     "mlp_norm": "model.layers.{i}.post_attention_layernorm",
     "gate": "model.layers.{i}.mlp.gate_proj",
@@ -66,6 +72,13 @@ _HF_EXPERTS = {
     "up": "model.layers.{i}.mlp.experts.{e}.up_proj",
     "down": "model.layers.{i}.mlp.experts.{e}.down_proj",
 }
+_HF_JOINED_EXPERTS = {  # names of tensors, without a suffix
+    "router": "model.layers.{i}.mlp.gate",
+    "gate": "model.layers.{i}.mlp.experts.gate_up_proj",
+    "up": "model.layers.{i}.mlp.experts.gate_up_proj",
+    "down": "model.layers.{i}.mlp.experts.down_proj",
+}
+_HF_GPT_OSS = _HF_JOINED_EXPERTS | {"router": "model.layers.{i}.mlp.router"}
 _HF_MIXTRAL = {
     "router": "model.layers.{i}.block_sparse_moe.gate",
     "gate": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
@@ -104,6 +117,7 @@ _GGUF = {
     "v": "blk.{i}.attn_v",
     "q_norm": "blk.{i}.attn_q_norm",
     "k_norm": "blk.{i}.attn_k_norm",
+    "sinks": "blk.{i}.attn_sinks.weight",
     "out": "blk.{i}.attn_output",
     "attn_post_norm": "blk.{i}.post_attention_norm",
     "mlp_norm": "blk.{i}.ffn_norm",
@@ -125,9 +139,11 @@ _GGUF_EXPERTS = {
 _GGUF_INTERLEAVED = ("llama", "granite", "smollm3")
 
 
-def _table(cfg: Config, scheme: str, architecture: str) -> dict[str, str]:
+def _table(cfg: Config, scheme: str, architecture: str, names: Collection[str]) -> dict[str, str]:
     if scheme == "gguf":
         table = dict(_GGUF)
+        if architecture == "gpt-oss":
+            table["mlp_norm"] = table["attn_post_norm"]
         if architecture in ("gpt2", "gptneox") or cfg.fused_projections:
             table |= _GGUF_QKV
         if cfg.fused_projections:
@@ -142,7 +158,11 @@ def _table(cfg: Config, scheme: str, architecture: str) -> dict[str, str]:
         table |= _HF_POST_NORMS
     if cfg.fused_projections:
         table |= _HF_FUSED
-    if cfg.num_experts:
+    if cfg.num_experts and architecture == "gpt_oss":
+        table |= _HF_GPT_OSS
+    elif cfg.num_experts and _HF_JOINED_EXPERTS["up"].format(i=0) in names:
+        table |= _HF_JOINED_EXPERTS
+    elif cfg.num_experts:
         table |= _HF_MIXTRAL if architecture == "mixtral" else _HF_EXPERTS
     return table
 
@@ -158,36 +178,55 @@ def _first_rows(cfg: Config, table: dict[str, str]) -> dict[str, int]:
     return rows
 
 
-def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
+def tensor_sources(
+    cfg: Config, scheme: str, *, architecture: str, names: Collection[str] = ()
+) -> Params:
     """Return the tree of `Params` with a `TensorSource` at each leaf.
 
     Args:
         cfg: Config of the decoder.
         scheme: Naming scheme, "hf" or "gguf".
         architecture: model_type in config.json, or general.architecture in the GGUF file.
+        names: Names of the tensors of a checkpoint, which tell the layout of its experts; without
+            them, the layout that is written.
     """
     is_gguf = scheme == "gguf"
-    table = _table(cfg, scheme, architecture)
-    first_row, stride = _first_rows(cfg, table), 0
+    table = _table(cfg, scheme, architecture, names)
+    first_row = _first_rows(cfg, table)
+    groups: dict[str, tuple[int, int]] = {}  # part -> stride and group
     if architecture == "gpt_neox":  # each head's query, key and value, then those of the next head
         first_row = {part: n * cfg.head_dim for n, part in enumerate("qkv")}
-        stride = 3 * cfg.head_dim
+        groups = dict.fromkeys("qkv", (3 * cfg.head_dim, cfg.head_dim))
+    elif architecture == "gpt_oss":  # the rows of gate and up alternate
+        first_row, groups = {"gate": 0, "up": 1}, {"gate": (2, 1), "up": (2, 1)}
     leaf: Any = TensorSource  # takes the place of an array in the tree
 
     def linear(part: str, has_bias: bool, i: int = 0) -> Linear:
+        name = table[part].format(i=i, e="{e}")
+        is_expert = part in ("gate", "up", "down") and cfg.num_experts is not None
+        has_experts = is_expert and "{e}" not in name
+        suffixes = {"weight": ".weight", "bias": ".bias"}
+        if has_experts and not is_gguf:
+            suffixes = {"weight": "", "bias": "_bias"}
+        transposed_parts = {
+            "gpt2": ("q", "k", "v", "out", "up", "down"),
+            "gpt_oss": ("gate", "up", "down"),
+        }.get(architecture, ())
+
         def source(kind: str) -> Any:
             return leaf(
-                f"{table[part].format(i=i, e='{e}')}.{kind}",
+                name + suffixes[kind],
                 first_row.get(part, 0),
-                stride if part in ("q", "k", "v") else 0,
-                is_transposed=architecture == "gpt2"
-                and not is_gguf
-                and kind == "weight"
-                and part not in ("embed", "head"),
+                *groups.get(part, (0, 0)),
+                has_experts=has_experts,
+                is_transposed=part in transposed_parts and not is_gguf and kind == "weight",
                 is_interleaved=architecture in _GGUF_INTERLEAVED and is_gguf and part in ("q", "k"),
             )
 
         return Linear(weight=source("weight"), bias=source("bias") if has_bias else None)
+
+    def router(kind: str, i: int) -> Any:
+        return leaf(f"{table['router'].format(i=i)}.{kind}") if cfg.num_experts else None
 
     def norm(part: str, i: int = 0) -> Norm:
         name = table[part].format(i=i)
@@ -204,11 +243,13 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
             v=linear("v", cfg.qkv_bias, i),
             q_norm=norm("q_norm", i) if cfg.qk_norm else None,
             k_norm=norm("k_norm", i) if cfg.qk_norm else None,
+            sinks=leaf(f"{table['sinks'].format(i=i)}") if cfg.attention_sinks else None,
             out=linear("out", cfg.linear_bias, i),
             attn_post_norm=norm("attn_post_norm", i) if cfg.post_norms else None,
             mlp_norm=norm("mlp_norm", i) if cfg.pre_norms else None,
-            router=leaf(f"{table['router'].format(i=i)}.weight") if cfg.num_experts else None,
-            gate=linear("gate", mlp_bias, i) if cfg.mlp in ("swiglu", "geglu") else None,
+            router=router("weight", i),
+            router_bias=router("bias", i) if mlp_bias else None,
+            gate=linear("gate", mlp_bias, i) if cfg.mlp in GATED_MLPS else None,
             up=linear("up", mlp_bias, i),
             down=linear("down", mlp_bias, i),
             mlp_post_norm=norm("mlp_post_norm", i) if cfg.post_norms else None,
@@ -250,34 +291,35 @@ def rows_per_tensor(tree: Any, shapes: Any) -> dict[str, int]:
         shapes: The same tree with leaves that have a `.shape`.
 
     Returns:
-        Tensor name -> number of rows, after the transposition.
+        Tensor name -> number of rows, after the transposition, of one expert where a tensor has
+        several.
     """
     rows: dict[str, int] = {}
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shapes), strict=True)
     for weight, leaf in pairs:
         for source, shape in tensors_of(weight, leaf.shape):
-            rows[source.name] = rows.get(source.name, 0) + shape[0]
+            num_rows = shape[1] if source.has_experts else shape[0]
+            rows[source.name] = rows.get(source.name, 0) + num_rows
     return rows
 
 
-def rows_of(tensor: Any, source: TensorSource, count: int, head_dim: int) -> Any:
+def rows_of(tensor: Any, source: TensorSource, count: int) -> Any:
     """Return the `count` rows of a tensor that belong to the weight of `source`."""
     first = source.first_row
     if not source.stride:
         return tensor[first : first + count]
     groups = tensor.reshape(-1, source.stride, *tensor.shape[1:])
-    return groups[:, first : first + head_dim].reshape(count, *tensor.shape[1:])
+    return groups[:, first : first + source.group].reshape(count, *tensor.shape[1:])
 
 
-def join_rows(source: TensorSource, weights: Sequence[np.ndarray], head_dim: int) -> np.ndarray:
+def join_rows(source: TensorSource, weights: Sequence[np.ndarray]) -> np.ndarray:
     """Join weights that share a tensor; the inverse of `rows_of`.
 
     Args:
         source: Source of any of the weights.
         weights: The weights, in the order of their first rows.
-        head_dim: H, the number of rows per head.
     """
     if not source.stride:
         return np.concatenate(weights)
-    heads = [weight.reshape(-1, head_dim, *weight.shape[1:]) for weight in weights]
-    return np.stack(heads, axis=1).reshape(-1, *weights[0].shape[1:])
+    groups = [weight.reshape(-1, source.group, *weight.shape[1:]) for weight in weights]
+    return np.stack(groups, axis=1).reshape(-1, *weights[0].shape[1:])

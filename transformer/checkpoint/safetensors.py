@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer import config_keys
-from transformer.checkpoint import fp8, quantized
+from transformer.checkpoint import fp8, mxfp4, quantized
 from transformer.checkpoint.gguf import LazyTensor
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -64,7 +64,8 @@ def read(
                 f"{shard}: the tensor {absent[0]!r} is missing, which {_INDEX} lists for this shard"
             )
         tensors |= shard_tensors
-    config, tensors = quantized.dequantize(*fp8.dequantize(config, tensors))
+    config, tensors = fp8.dequantize(*mxfp4.dequantize(config, tensors))
+    config, tensors = quantized.dequantize(config, tensors)
     config_keys.check_quantization(config)
     _check_floats(tensors)
     return config, tensors

@@ -25,9 +25,12 @@ def reference(
     window: int | None,
     segments: jax.Array | None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Compute attention by the definition, with all scores at once."""
-    return attention.attend(q, k, v, window=window, segments=segments, softcap=softcap)[0]
+    return attention.attend(
+        q, k, v, window=window, segments=segments, softcap=softcap, sinks=sinks
+    )[0]
 
 
 @register("attend")
@@ -39,6 +42,7 @@ def blockwise(
     window: int | None,
     segments: jax.Array | None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Compute attention one block of queries at a time, over the keys that the block attends to.
 
@@ -65,13 +69,19 @@ def blockwise(
             same_segment = segments[:, start:stop, None] == segments[:, None, first:stop]
             visible = (visible & same_segment)[:, None, None]  # [B, 1, 1, span, S]
         qkv = q[:, :, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
-        out.append(recompute(partial(_attend_block, softcap=softcap))(*qkv, visible))
+        out.append(recompute(partial(_attend_block, softcap=softcap))(*qkv, visible, sinks))
     y = jnp.concatenate(out, axis=3)  # [B, K, G, T, H]
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
 def _attend_block(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, *, softcap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    sinks: jax.Array | None,
+    *,
+    softcap: float | None,
 ) -> jax.Array:
     """Compute softmax attention of a block of queries: q [B, K, G, T, H], k and v [B, K, S, H]."""
     *heads, group, length, head_dim = q.shape
@@ -80,9 +90,15 @@ def _attend_block(
     if softcap is not None:
         scores = attention.soft_cap(scores, softcap)
     scores = jnp.where(visible, scores.reshape(*heads, group, length, -1), -jnp.inf)
-    # The maximum cancels out, so it needs no gradient.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    top = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.reshape(heads[-1], group, 1, 1)
+        top = jnp.maximum(top, sinks)
+    top = jax.lax.stop_gradient(top)  # it cancels out
+    weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
     y = jnp.einsum("bkrs,bksh->bkrh", weights.reshape(*heads, group * length, -1), v)
     return y.reshape(q.shape) / total  # divides H numbers per query instead of S
 
@@ -96,10 +112,13 @@ def jax_nn(
     window: int | None,
     segments: jax.Array | None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Call `jax.nn.dot_product_attention`, for comparison."""
     if softcap is not None:
         raise Unavailable(f"attend jax_nn has no soft cap on scores, got {softcap}")
+    if sinks is not None:
+        raise Unavailable(f"attend jax_nn has no sinks, got sinks of {len(sinks)} heads")
     local_window = None if window is None else (window - 1, 0)
     mask = None
     if segments is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from transformer.attention import soft_cap
+from transformer.attention import soft_cap, softmax
 from transformer.kernels.registry import register
 
 
@@ -23,6 +23,7 @@ def reference(
     *,
     window: int | None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Compute attention by the definition: gather the blocks of a row, then take one softmax."""
     batch, num_new, num_heads, head_dim = q.shape
@@ -41,7 +42,7 @@ def reference(
     visible = key_position <= position[..., None]  # [B, T, S]
     if window is not None:
         visible &= key_position > position[..., None] - window
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    weights = softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), sinks)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
     return out.reshape(batch, num_new, num_heads, head_dim)
 
@@ -56,6 +57,7 @@ def blockwise(
     *,
     window: int | None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Compute attention row by row and block by block with an online softmax.
 
@@ -66,14 +68,14 @@ def blockwise(
 
     def attend_row(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         row_q, table, start = args
-        return _attend_row(row_q, table, start, keys, values, window, softcap)
+        return _attend_row(row_q, table, start, keys, values, window, softcap, sinks)
 
     if q.shape[0] == 1:
         return attend_row((q[0], tables[0], starts[0]))[None]
     return jax.lax.map(attend_row, (q, tables, starts))
 
 
-def _attend_row(q, table, start, keys, values, window, softcap):
+def _attend_row(q, table, start, keys, values, window, softcap, sinks):
     num_new, num_heads, head_dim = q.shape
     num_kv_heads, size = keys.shape[1], keys.shape[-1]
     group = num_heads // num_kv_heads
@@ -102,12 +104,14 @@ def _attend_row(q, table, start, keys, values, window, softcap):
         return new_top, total, out
 
     rows = (num_kv_heads, group * num_new)
-    # A finite initial maximum avoids exp(-inf + inf) for rows that have no visible key yet.
-    carry = (
-        jnp.full((*rows, 1), -1e30, jnp.float32),
-        jnp.zeros((*rows, 1), jnp.float32),
-        jnp.zeros((*rows, head_dim), jnp.float32),
-    )
+    if sinks is None:
+        # A finite initial maximum avoids exp(-inf + inf) for rows that have no visible key yet.
+        top = jnp.full((*rows, 1), -1e30, jnp.float32)
+        total = jnp.zeros((*rows, 1), jnp.float32)
+    else:  # the sink is the first score, of no position
+        top = jnp.repeat(sinks.reshape(num_kv_heads, group), num_new, axis=1)[..., None]
+        total = jnp.ones((*rows, 1), jnp.float32)
+    carry = top, total, jnp.zeros((*rows, head_dim), jnp.float32)
     num_blocks = (start + num_new - 1) // size + 1
     first = 0 if window is None else jnp.maximum(start - window + 1, 0) // size
     _, total, out = jax.lax.fori_loop(first, num_blocks, block, carry)

@@ -13,7 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
+
+from transformer.weights import Linear
 
 
 def decoder(
@@ -77,7 +80,7 @@ def decoder(
             visible &= key_position > position[:, None] - window
         key, value = (np.repeat(a, n // k, axis=2) for a in (key, value))  # [B, S + T, N, H]
         scale = cfg.attention_multiplier or (cfg.query_scalar or h) ** -0.5
-        y = _attend(q, key, value, visible, scale, cfg.attn_logit_softcap)
+        y = _attend(q, key, value, visible, scale, cfg.attn_logit_softcap, layer.sinks)
         y = _linear(y.reshape(batch, length, n * h), layer.out)
         after = x + cfg.residual_multiplier * _norm(y, layer.attn_post_norm, cfg)
         y = _norm(x if cfg.parallel_residual else after, layer.mlp_norm, cfg)
@@ -129,13 +132,17 @@ def _mlp(y: np.ndarray, layer, cfg) -> np.ndarray:
     if layer.gate is None:
         return _linear(_gelu(up) if cfg.mlp == "gelu" else _gelu_erf(up), layer.down)
     gate = _linear(y, layer.gate)
+    if cfg.mlp == "swiglu_oai":
+        limit = cfg.swiglu_limit
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        return _linear(gate / (1 + np.exp(-1.702 * gate)) * (up + 1), layer.down)
     gate = gate / (1 + np.exp(-gate)) if cfg.mlp == "swiglu" else _gelu(gate)
     return _linear(gate * up, layer.down)
 
 
 def _experts(y: np.ndarray, layer, cfg) -> np.ndarray:
     """Compute the experts of each token, one token after another."""
-    logits = y @ _wide(layer.router).T  # [B, T, E]
+    logits = _linear(y, Linear(layer.router, layer.router_bias))  # [B, T, E]
     probabilities = np.exp(log_softmax(logits))
     out = np.zeros_like(y)
     for token in np.ndindex(*y.shape[:2]):
@@ -143,21 +150,25 @@ def _experts(y: np.ndarray, layer, cfg) -> np.ndarray:
         chosen = np.argsort(-p, kind="stable")[: cfg.num_experts_per_tok]
         total = p[chosen].sum() if cfg.norm_topk_prob else 1.0
         for e in chosen:
-            maps = ((name, getattr(layer, name)) for name in ("gate", "up", "down"))
-            expert = layer.replace(**{name: m.replace(weight=m.weight[e]) for name, m in maps})
+            maps = {name: getattr(layer, name) for name in ("gate", "up", "down")}
+            expert = layer.replace(**jax.tree.map(lambda array, e=e: array[e], maps))
             out[token] += p[e] / total * _mlp(y[token], expert, cfg)
     return out
 
 
-def _attend(q, k, v, visible, scale, softcap=None) -> np.ndarray:
+def _attend(q, k, v, visible, scale, softcap=None, sinks=None) -> np.ndarray:
     """Compute softmax attention: q, k, v [B, T, N, H], visible [T, S] -> [B, T, N, H]."""
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     scores = q @ k.transpose(0, 1, 3, 2) * scale
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     scores = np.where(visible, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return (weights / weights.sum(axis=-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(_wide(sinks)[:, None, None] - top)
+    return (weights / total @ v).transpose(0, 2, 1, 3)
 
 
 def _rotate(x: np.ndarray, position: np.ndarray, theta: float) -> np.ndarray:

@@ -6,7 +6,7 @@ one expert and no product has the rows of other experts (MegaBlocks: Gale et al.
 arXiv:2211.15841). The arithmetic grows with the experts that a token passes through, not with all
 of them, and no token is dropped.
 
-Leaves out: biases, adapters (LoRA) of experts, and experts distributed over devices.
+Leaves out: adapters (LoRA) of experts, and experts distributed over devices.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ def reference(
     up: Linear,
     down: Linear,
     kind: str,
+    limit: float | None = None,
 ) -> jax.Array:
     """Compute every expert for every token by the definition, in the precision of `x`."""
     y = jnp.zeros_like(x)
     for e in range(gate.weight.shape[0]):
         weight = jnp.sum(weights * (chosen == e), axis=-1, keepdims=True)  # [R, 1]
-        y = y + weight * mlp.reference(x, *_expert(e, gate, up, down), kind)
+        y = y + weight * mlp.reference(x, *_expert(e, gate, up, down), kind, limit)
     return y
 
 
@@ -49,6 +50,7 @@ def sorted_blocks(
     up: Linear,
     down: Linear,
     kind: str,
+    limit: float | None = None,
 ) -> jax.Array:
     """Compute blocks of rows that share an expert, and only for the experts that have rows."""
     (num_rows, k), num_experts = chosen.shape, gate.weight.shape[0]
@@ -74,7 +76,7 @@ def sorted_blocks(
         row, e, is_used = item
 
         def apply() -> jax.Array:
-            return gated_mlp(x[row], *_expert(e, gate, up, down), kind)
+            return gated_mlp(x[row], *_expert(e, gate, up, down), kind, limit=limit)
 
         return None, jax.lax.cond(is_used, apply, lambda: jnp.zeros((size, x.shape[1]), x.dtype))
 
@@ -91,8 +93,4 @@ def _expert(
     e: jax.Array | int, gate: Linear, up: Linear, down: Linear
 ) -> tuple[Linear, Linear, Linear]:
     """Return the linear maps of one expert."""
-
-    def select(p: Linear) -> Linear:
-        return Linear(weight=p.weight[e], scale=None if p.scale is None else p.scale[e])
-
-    return select(gate), select(up), select(down)
+    return jax.tree.map(lambda array: array[e], (gate, up, down))

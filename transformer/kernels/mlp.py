@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from transformer.kernels import matmuls
 from transformer.kernels.operations import linear
@@ -18,7 +19,14 @@ from transformer.weights import Linear
 
 
 @register("gated_mlp")
-def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
+def reference(
+    x: jax.Array,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    kind: str,
+    limit: float | None = None,
+) -> jax.Array:
     """Compute the gated MLP by the definition, in the precision of `x`."""
 
     def apply(x: jax.Array, p: Linear) -> jax.Array:
@@ -29,11 +37,18 @@ def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -
             y = y + matmuls.reference(matmuls.reference(x, p.lora.a), p.lora.b) * p.lora.scale
         return y
 
-    return apply(activation(kind)(apply(x, gate)) * apply(x, up), down)
+    return apply(multiply_gate(apply(x, gate), apply(x, up), kind, limit), down)
 
 
 @register("gated_mlp")
-def unfused(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
+def unfused(
+    x: jax.Array,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    kind: str,
+    limit: float | None = None,
+) -> jax.Array:
     """Compute three products, each with the default implementation for its weight.
 
     Of the intermediates of width F, the backward pass stores only the outputs of gate and up.
@@ -41,9 +56,18 @@ def unfused(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> 
 
     @recompute
     def mix(gate: jax.Array, up: jax.Array, down: Linear) -> jax.Array:
-        return linear(activation(kind)(gate) * up, down)
+        return linear(multiply_gate(gate, up, kind, limit), down)
 
     return mix(linear(x, gate), linear(x, up), down)
+
+
+def multiply_gate(gate: jax.Array, up: jax.Array, kind: str, limit: float | None) -> jax.Array:
+    """Return the product of the activated gate and `up`; see `kernels.gated_mlp`."""
+    if kind != "swiglu_oai":
+        return activation(kind)(gate) * up
+    assert limit is not None
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
 
 
 def activation(kind: str) -> Callable[[jax.Array], jax.Array]:

@@ -81,6 +81,7 @@ def attend(
     window: int | None = None,
     segments: jax.Array | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
     impl: str | None = None,
 ) -> jax.Array:
     """Compute causal attention of whole sequences.
@@ -94,6 +95,7 @@ def attend(
         segments: Text number of each position where several texts share a row, int32 [B, T]. A
             query attends to positions of its own text only. None means one text per row.
         softcap: Scores become softcap * tanh(score / softcap) before the softmax; None: no cap.
+        sinks: Score of each head for attending to no position, float32 [N]; None: no sinks.
         impl: Name of the implementation; None means the default.
 
     Returns:
@@ -101,7 +103,8 @@ def attend(
     """
     with jax.named_scope("attend"):
         function = _resolve_impl("attend", "attend", impl)
-        return function(q, k, v, window=window, segments=segments, **_without_none(softcap=softcap))
+        options = _without_none(softcap=softcap, sinks=sinks)
+        return function(q, k, v, window=window, segments=segments, **options)
 
 
 def attend_cached(
@@ -113,6 +116,7 @@ def attend_cached(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
     impl: str | None = None,
 ) -> jax.Array:
     """Compute causal attention of new queries over the cached positions of their rows.
@@ -127,6 +131,7 @@ def attend_cached(
         starts: Position of the first query of each row, int32 [B].
         window: As in `attend`.
         softcap: As in `attend`.
+        sinks: As in `attend`.
         impl: Name of the implementation; None means the default.
 
     Returns:
@@ -134,12 +139,19 @@ def attend_cached(
     """
     with jax.named_scope("attend_cached"):
         function = _resolve_impl("attend_cached", "attend_cached", impl)
-        softcaps = _without_none(softcap=softcap)
-        return function(q, keys, values, tables, starts, window=window, **softcaps)
+        options = _without_none(softcap=softcap, sinks=sinks)
+        return function(q, keys, values, tables, starts, window=window, **options)
 
 
 def gated_mlp(
-    x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str, *, impl: str | None = None
+    x: jax.Array,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    kind: str,
+    *,
+    limit: float | None = None,
+    impl: str | None = None,
 ) -> jax.Array:
     """Compute `down(activation(gate(x)) * up(x))`, a gated linear unit.
 
@@ -150,14 +162,18 @@ def gated_mlp(
         gate: Linear map [F, D].
         up: Linear map [F, D].
         down: Linear map [D, F].
-        kind: "swiglu" (SiLU) or "geglu" (tanh approximation of GELU).
+        kind: "swiglu" (SiLU), "geglu" (tanh approximation of GELU), or "swiglu_oai" (gpt-oss): the
+            activation is g * sigmoid(1.702 g), up(x) + 1 takes the place of up(x), and both maps
+            are clipped.
+        limit: Only for "swiglu_oai": gate(x) is at most this, up(x) between its negative and it.
         impl: Name of the implementation; None means the default.
 
     Returns:
         float32 [..., D].
     """
     with jax.named_scope("gated_mlp"):
-        return _resolve_impl("gated_mlp", "gated_mlp", impl)(x, gate, up, down, kind)
+        function = _resolve_impl("gated_mlp", "gated_mlp", impl)
+        return function(x, gate, up, down, kind, **_without_none(limit=limit))
 
 
 def experts(
@@ -169,6 +185,7 @@ def experts(
     down: Linear,
     kind: str,
     *,
+    limit: float | None = None,
     impl: str | None = None,
 ) -> jax.Array:
     """Compute the weighted sum of the gated MLPs that each token has chosen.
@@ -177,10 +194,11 @@ def experts(
         x: float32 [B, T, D].
         weights: Weight of each chosen expert, float32 [B, T, k].
         chosen: Number of each chosen expert, int32 [B, T, k]; the k numbers of a token differ.
-        gate: Linear maps [E, F, D] without biases.
-        up: Linear maps [E, F, D] without biases.
-        down: Linear maps [E, D, F] without biases.
+        gate: Linear maps [E, F, D], whose biases are [E, F].
+        up: Linear maps [E, F, D].
+        down: Linear maps [E, D, F].
         kind: As in `gated_mlp`.
+        limit: As in `gated_mlp`.
         impl: Name of the implementation; None means the default.
 
     Returns:
@@ -189,7 +207,8 @@ def experts(
     with jax.named_scope("experts"):
         function = _resolve_impl("experts", "experts", impl)
         rows, k = jnp.asarray(x).reshape(-1, x.shape[-1]), weights.shape[-1]
-        y = function(rows, weights.reshape(-1, k), chosen.reshape(-1, k), gate, up, down, kind)
+        pairs = weights.reshape(-1, k), chosen.reshape(-1, k)
+        y = function(rows, *pairs, gate, up, down, kind, **_without_none(limit=limit))
         return y.reshape(x.shape)
 
 

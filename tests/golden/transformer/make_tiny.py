@@ -118,6 +118,15 @@ CONFIGS = {
         num_experts_per_tok=3,
         norm_topk_prob=False,
     ),
+    "gpt_oss": transformers.GptOssConfig(  # widths of whole blocks of MXFP4; the limit clips
+        **SIZES | dict(intermediate_size=64),
+        head_dim=12,
+        sliding_window=7,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        swiglu_limit=1.0,
+        rope_parameters=YARN | dict(truncate=False),
+    ),
 }
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -132,6 +141,7 @@ PARTS = {
     "mlp.up_proj": "up",
     "mlp": "mlp",
     "mlp.gate": "router",
+    "mlp.router": "router",
     "self_attn.qkv_proj": "qkv",
     "mlp.gate_up_proj": "gate_up",
 }
