@@ -25,10 +25,10 @@ __all__ = ["ANSWER", "CFG", "SPECIAL", "examples", "model", "pairs", "serving"]
 CFG = Config.debug(max_seq_len=512)
 
 
-def model(folder: Path, seed: int = 0) -> Path:
+def model(folder: Path, seed: int = 0, cfg: Config = CFG) -> Path:
     """Write a decoder of under 50,000 weights with a byte tokenizer and a chat template."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder, init(jax.random.key(seed), CFG), CFG)
+    checkpoint.save(folder, init(jax.random.key(seed), cfg), cfg)
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     added_tokens = [
         {"id": 256 + i, "content": token, "special": True, "single_word": False, "lstrip": False,

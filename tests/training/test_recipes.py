@@ -224,6 +224,18 @@ def test_adapter_of_each_family_can_be_saved(tmp_path, family):
     assert set(loaded[0]) >= {"out", "up", "down"}
 
 
+def test_model_whose_result_cannot_be_saved_is_refused_before_training():
+    """GGUF files of GPT-2 can have a width of heads that its config.json has no key for.
+
+    Bug: full fine-tuning trained to the end and failed when it saved the model.
+    """
+    finetune.check_trainable(Config.debug())
+    gpt2 = Config.debug(norm="layer", position="learned", mlp="gelu", qkv_bias=True,
+                        linear_bias=True, num_kv_heads=4, head_dim=16)  # fmt: skip
+    with pytest.raises(ValueError, match=naming("head_dim")):
+        finetune.check_trainable(gpt2)
+
+
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_saved_tokenizer_loads_unchanged(tmp_path, add_bos):
     tokenizer = dataclasses.replace(

@@ -72,7 +72,7 @@ class LoraTask:
         cfg: the configuration of the decoder.
         rank: the rank of the adapter.
         alpha: the scale of the adapter is alpha / rank.
-        target_modules: the linear layers with an adapter.
+        target_modules: the linear layers with an adapter; None for all that can have one.
         dtype: the dtype of the matrix products.
         remat: whether to rematerialize activations; see `decoder.hidden_states`.
     """
@@ -80,7 +80,7 @@ class LoraTask:
     cfg: Config
     rank: int = 16
     alpha: float = 32.0
-    target_modules: Sequence[str] = lora.TARGET_MODULES
+    target_modules: Sequence[str] | None = None
     dtype: Dtype = "float32"
     remat: bool = False
 

@@ -34,7 +34,7 @@ from training.config import TrainConfig
 from training.packing import Batches
 from training.recipes import run_dir
 from training.recipes.decoder import DecoderTask, LoraTask, cast_params
-from transformer import checkpoint, lora
+from transformer import checkpoint, families, lora
 from transformer.checkpoint import gguf
 from transformer.config import Config as Model
 
@@ -136,6 +136,8 @@ def run(
     final = out / ("adapter" if settings.method == "lora" else "model")
     if job is not None and final.exists():
         return Result("finished", job)
+    cfg = checkpoint.read_config(settings.model)
+    check_trainable(cfg)
     tokenizer, max_tokens = read_tokenizer(settings.model, settings.max_tokens)
     report, examples = check.read_examples(settings.data, tokenizer, max_tokens=max_tokens)
     reports, held_out = [report], []
@@ -167,7 +169,6 @@ def run(
         f"{batches.steps_per_epoch} steps, each {rows} x {width} tokens, in {job['format']}"
     )
 
-    cfg = checkpoint.read_config(settings.model)
     # A micro-batch exceeds the limit only if it is one row with a very long example.
     remat = rows // batches.micro_batches * width > packing.MICRO_BATCH_TOKENS
     task, frozen = _task(settings, job, cfg, remat)
@@ -239,6 +240,18 @@ def _task(
         remat=remat,
     )
     return adapter, cast_params(params, job["format"])
+
+
+def check_trainable(cfg: Model) -> None:
+    """Check that the result of fine-tuning can be saved; call it before training.
+
+    Raises:
+        ValueError: no format can store the model; some GGUF files have such combinations.
+    """
+    try:
+        families.to_hf(cfg)
+    except ValueError as error:
+        raise ValueError(f"the model cannot be fine-tuned, only used: {error}") from None
 
 
 def lora_target_modules(cfg: Model) -> tuple[str, ...]:
