@@ -231,7 +231,12 @@ def serve_hub() -> Iterator[Hub]:
         _Server(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
         for handler in (_Handler, _StorageHandler)
     ]
-    hub.url, hub.storage_url = (f"http://127.0.0.1:{s.server_address[1]}" for s in servers)
+    # Of another host: some versions of the client compare hosts, not ports.
+    hosts = ("127.0.0.1", "localhost")
+    hub.url, hub.storage_url = (
+        f"http://{host}:{server.server_address[1]}"
+        for host, server in zip(hosts, servers, strict=True)
+    )
     threads = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in servers]
     for thread in threads:
         thread.start()

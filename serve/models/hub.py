@@ -224,7 +224,8 @@ def pull(
 ) -> Record:
     """Resolve a name to a commit, fetch the files that the cache lacks, and write a `Record`.
 
-    If the hub cannot be reached, the files of the repository that the cache has are used.
+    If the hub cannot be reached, the name keeps the commit that it has. If it has none, the files
+    of the repository that the cache has are used.
 
     Args:
         name: `hf:OWNER/REPO[@REVISION][:FILE]`.
@@ -263,6 +264,9 @@ def pull(
         with _translate(name):
             listing = _list_remote(hub_name, notify)
     except Unreachable as error:
+        if (record := find(name, home)) is not None:
+            notify(f"{error}; keeping commit {record.commit[:8]}")
+            return record
         listing = _list_cached(hub_name)
         if listing is None:
             raise
@@ -474,6 +478,7 @@ def _fetch_blob(
     `hf_hub_download` deletes a partial file when a download ends early, so this function calls
     huggingface_hub's `http_get`, which can resume.
     """
+    from huggingface_hub import errors
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -489,16 +494,23 @@ def _fetch_blob(
     headers = build_hf_headers()
     if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
         headers.pop("authorization", None)  # the storage behind the hub must not see the token
-    with _CountingFile(partial, progress) as out:
-        if start := out.tell():
-            notify(f"resuming {file.name} after {human_size(start)}")
-        http_get(
-            metadata.location,
-            cast(Any, out),
-            resume_size=start,
-            headers=headers,
-            expected_size=file.size,
-        )
+    while True:
+        with _CountingFile(partial, progress) as out:
+            if start := out.tell():
+                notify(f"resuming {file.name} after {human_size(start)}")
+            try:
+                http_get(
+                    metadata.location,
+                    cast(Any, out),
+                    resume_size=start,
+                    headers=headers,
+                    expected_size=file.size,
+                )
+                break
+            except (OSError, errors.HTTPError):  # pyright: ignore[reportPrivateImportUsage]
+                # Versions before 2 do not go on after a broken transfer.
+                if out.tell() == start:
+                    raise
     if hash_like(file.hash, partial) != file.hash:
         partial.unlink()
         raise _wrong_hash(listing, file)

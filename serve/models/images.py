@@ -430,7 +430,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         load=load,
         stamp=functools.partial(stamp_of, *parts),
         kind="images",
-        context=files.entry.context if files.entry else None,
+        context=(files.entry.context or None) if files.entry else None,
     )
 
 

@@ -244,7 +244,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         load=load,
         stamp=functools.partial(stamp_of, files.path),
         kind="speech",
-        context=files.entry.context if files.entry else None,
+        context=(files.entry.context or None) if files.entry else None,
         capabilities=files.entry.serves if files.entry else (),
     )
 

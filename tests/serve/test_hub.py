@@ -17,12 +17,13 @@ from serve.exceptions import (
     Unreachable,
     WrongUsage,
 )
-from serve.models import hub, hub_files
+from serve.models import catalogue, download, hub, hub_files, resolve
 from serve.models.hub import HubName
 from serve.models.hub_files import Candidate, RemoteFile
+from serve.models.spec import LoadOptions
 from tests import hub_server
 from tests.hub_server import Hub
-from tests.serve import processes
+from tests.serve import processes, tiny_gguf
 
 pytestmark = pytest.mark.heavy
 
@@ -239,15 +240,18 @@ def test_pull_interrupted_transfer_resumes_after_last_byte(server, home) -> None
     assert ranges == ["GET /storage/all", "GET /storage/bytes=100000-"]
 
 
-def test_pull_after_stopped_pull_resumes(server, home) -> None:
-    server.commit(REPO, FILES)
-
+def pull_and_stop(home: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done > 200_000:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pull(f"hf:{REPO}", home, progress=stop)
+
+
+def test_pull_after_stopped_pull_resumes(server, home) -> None:
+    server.commit(REPO, FILES)
+    pull_and_stop(home)
     assert hub.find(f"hf:{REPO}", home) is None, "an incomplete model has no record"
     lines: list[str] = []
     record = pull(f"hf:{REPO}", home, lines=lines)
@@ -255,6 +259,17 @@ def test_pull_after_stopped_pull_resumes(server, home) -> None:
     ranges = [r for r in server.requests if r.startswith("GET /storage/")]
     assert ranges[0] == "GET /storage/all" and len(ranges) == 2
     assert int(ranges[1].split("=")[1][:-1]) > 190_000
+
+
+def test_pull_of_a_file_that_changed_does_not_continue_its_old_part(server, home) -> None:
+    server.commit(REPO, FILES)
+    pull_and_stop(home)
+    changed = WEIGHTS[::-1]
+    server.commit(REPO, {**FILES, "model.safetensors": changed})
+    count = len(server.requests)
+    assert (pull(f"hf:{REPO}", home).path / "model.safetensors").read_bytes() == changed
+    ranges = [r for r in server.requests[count:] if r.startswith("GET /storage/")]
+    assert ranges == ["GET /storage/all"]
 
 
 def test_pull_damaged_file_raises_corrupt_and_leaves_nothing(server, home) -> None:
@@ -404,12 +419,65 @@ def test_pull_offline_uses_cache_or_raises_unreachable(server, home, monkeypatch
     assert len(server.requests) == count
 
 
-def test_pull_unreachable_hub_raises_unreachable(server, home, monkeypatch, refused_url) -> None:
+def test_pull_unreachable_hub_uses_cache_or_raises_unreachable(
+    server, home, monkeypatch, refused_url
+) -> None:
     from huggingface_hub import constants
 
+    server.commit(REPO, FILES)
+    record = pull(f"hf:{REPO}@{server.repositories[REPO].refs['main']}", home)
+    named = pull(f"hf:{REPO}", home)
     monkeypatch.setattr(constants, "ENDPOINT", refused_url)
+    # Regression: a name without a revision was not found, because the cache has no branch for it.
+    assert pull(f"hf:{REPO}", home) == named
+    hub._record_path(record.name, home).unlink()
+    assert pull(record.name, home).files == record.files
     with pytest.raises(Unreachable):
-        pull(f"hf:{REPO}", home)
+        pull("hf:someone/else", home)
+
+
+# --- names in the catalogue and in --model ----------------------------------------------------
+
+
+def test_hub_model_of_the_catalogue_is_pulled_and_described(server, home, tmp_path) -> None:
+    tiny_gguf.write_gguf(tmp_path / "m.gguf")
+    server.commit(REPO, {"m-F16.gguf": (tmp_path / "m.gguf").read_bytes()})
+    row = f'[models.mine]\nkind = "decoder"\nhub = "hf:{REPO}:F16"\n[aliases]\nmy-alias = "mine"\n'
+    (tmp_path / "models.toml").write_text(row)
+    known_models = catalogue.load(tmp_path)
+    entry = known_models.models["mine"]
+    assert download.find_pulled(entry, home) is None
+    files = download.resolve_model("my-alias", known_models, home, notify=print, progress=print)
+    assert (files.id, files.publisher, files.path.name) == ("mine", "someone", "m-F16.gguf")
+    count = len(server.requests)
+    assert download.resolve_model("mine", known_models, home, notify=print) == files
+    assert download.verify(entry, home) == files.path
+    assert len(server.requests) == count, "a pulled model asks nothing of the network"
+    options = LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    spec = resolve.describe(files, options)
+    assert (spec.id, spec.context) == ("mine", tiny_gguf.CONTEXT)
+    pulled_specs = resolve.PulledSpecs(known_models, options, {})
+    assert pulled_specs().keys() == {"mine", REPO}
+    with pytest.raises(NotFound):
+        download.verify(catalogue.load(tmp_path).models["mine"], tmp_path / "other home")
+
+
+def test_model_option_gives_a_hub_model_another_id(server, home, tmp_path) -> None:
+    tiny_gguf.write_gguf(tmp_path / "m.gguf")
+    server.commit(REPO, {"m-F16.gguf": (tmp_path / "m.gguf").read_bytes()})
+    known_models = catalogue.load()
+    files = download.resolve_model(f"mine/x=hf:{REPO}", known_models, home, notify=print)
+    assert (files.id, files.publisher) == ("mine/x", "someone")
+    count = len(server.requests)
+    for name, id in ((f"hf:{REPO}", REPO), (REPO, REPO), (f"other=hf:{REPO}", "other")):
+        again = download.resolve_model(name, known_models, home, notify=print)
+        assert (again.id, again.path) == (id, files.path)
+    assert len(server.requests) == count
+    for name in (f"a b=hf:{REPO}", "mine=hf:someone"):
+        with pytest.raises(WrongUsage):
+            download.resolve_model(name, known_models, home, notify=print)
+    with pytest.raises(NotFound):
+        download.resolve_model("mine=hf:someone/nothing", known_models, home, notify=print)
 
 
 def test_pull_from_server_that_is_no_hub_raises_failure(server, home, monkeypatch) -> None:
@@ -442,12 +510,11 @@ def test_pull_command_uses_hf_environment_variables(tmp_path: Path) -> None:
     with hub_server.serve_hub() as server:
         server.commit(REPO, FILES)
         server.repositories[REPO].private = True
-        done = run(server, tmp_path, "pull", f"hf:{REPO}")
-        assert done.returncode == 3
         done = run(server, tmp_path, "pull", f"hf:{REPO}", HF_TOKEN=hub_server.TOKEN)
         assert done.returncode == 0, done.stderr
         path = Path(done.stdout.strip())
         assert path.is_relative_to(tmp_path / "hf") and (path / "model.safetensors").is_file()
         count = len(server.requests)
-        done = run(server, tmp_path, "pull", "hf:nobody/nothing", HF_HUB_OFFLINE="1")
-        assert done.returncode == 4 and len(server.requests) == count
+        done = run(server, tmp_path, "pull", f"hf:{REPO}", HF_HUB_OFFLINE="1")
+        assert done.returncode == 0 and Path(done.stdout.strip()) == path, done.stderr
+        assert len(server.requests) == count
