@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _MAX_KEY_BYTES, _MAX_KEYS = 64, 1 << 20
 _MAX_GRAPHEME_BYTES = 5
-_MULTI = (
-    r"\p{Grapheme_Cluster_Break=Prepend}*.[\p{Grapheme_Cluster_Break=Extend}"
+_MULTI = (  # a control character, such as a newline, is a grapheme of its own
+    r"\p{Grapheme_Cluster_Break=Prepend}*[^\p{Grapheme_Cluster_Break=Control}\r\n]"
+    r"[\p{Grapheme_Cluster_Break=Extend}"
     r"\p{Grapheme_Cluster_Break=ZWJ}\p{Grapheme_Cluster_Break=SpacingMark}]+"
 )
 

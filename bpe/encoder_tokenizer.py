@@ -272,8 +272,15 @@ def wordpiece_from_gguf(metadata: Mapping[str, Any], where: str) -> WordPiece:
         id = next((id for id in ids if id is not None), None)
         settings[argument] = default if id is None else names.get(id, default)
     try:
-        # The file has no key for it: an uncased model has no token with an upper-case letter.
-        lowercase = not any(token[:1].isupper() for token in vocab if token not in special)
-        return WordPiece(vocab, special_tokens=special, lowercase=lowercase, **settings)
+        lowercase = metadata.get("tokenizer.ggml.normalizer.lowercase")
+        if lowercase is None:  # an older file: lower case changes no token of an uncased model
+            lowercase = all(token == token.lower() for token in vocab if token not in special)
+        return WordPiece(
+            vocab,
+            special_tokens=special,
+            lowercase=bool(lowercase),
+            strip_accents=metadata.get("tokenizer.ggml.normalizer.strip_accents"),
+            **settings,
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -6,6 +6,7 @@ import gguf
 import pytest
 
 import bpe
+from bpe.encoder_tokenizer import wordpiece_from_gguf
 from bpe.formats.bert import load_wordpiece
 from bpe.formats.post_processor import read_post_processor
 from bpe.post_processor import PostProcessor, Slot
@@ -152,3 +153,25 @@ def test_gguf_wordpiece_gives_ids_of_vocab_txt(tmp_path):
     for text in ("Paris is the capital", "zebra [MASK] x!"):
         assert ours.encode(text) == folder.encode(text)
         assert ours.encode_pair(text, "of") == folder.encode_pair(text, "of")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "ids"),
+    [
+        (["\u2581he", "\u2581\u211d"], {}, [4]),
+        (["\u2581he", "\u2581H\u00c9"], {}, [5]),
+        (["\u2581he", "\u2581H\u00c9"], {"lowercase": True}, [4]),
+        (["\u2581he", "\u2581h\u00e9"], {"lowercase": True, "strip_accents": False}, [5]),
+        (["\u2581he", "\u2581H\u00c9"], {"lowercase": False}, [5]),
+    ],
+)
+def test_wordpiece_of_gguf_is_uncased_if_lower_case_changes_no_token(tokens, keys, ids):
+    """Regression: \u211d, which BERT's uncased vocabulary has, counted as upper case."""
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    metadata = {
+        "tokenizer.ggml.tokens": special + tokens,
+        "tokenizer.ggml.token_type": [3] * 4 + [1] * len(tokens),
+        **{f"tokenizer.ggml.normalizer.{key}": value for key, value in keys.items()},
+    }
+    wordpiece = wordpiece_from_gguf(metadata, "m.gguf")
+    assert wordpiece.encode("H\u00c9", add_special_tokens=False) == ids
