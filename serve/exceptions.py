@@ -82,10 +82,11 @@ class CannotLoad(Exception):
 
     Attributes:
         id: the id of the model.
+        reason: why.
         is_busy: whether a later attempt may succeed, because models that serve requests now use
             the memory.
     """
 
     def __init__(self, id: str, reason: str, *, is_busy: bool):
         super().__init__(f"{id} cannot be loaded: {reason}")
-        self.id, self.is_busy = id, is_busy
+        self.id, self.reason, self.is_busy = id, reason, is_busy

@@ -8,7 +8,7 @@ key, of the request rate, and of the body size.
 import functools
 from typing import cast
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.datastructures import State
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -39,7 +39,7 @@ from serve.api.routes import (
 )
 from serve.api.routes.legacy import edits, engines, fine_tunes
 from serve.api.settings import ServerSettings
-from serve.api.state import ServerState
+from serve.api.state import ServerState, refresh_models
 from serve.api.temp_files import TempFiles
 from serve.jobs.jobs import JobStore
 from serve.jobs.runner import JobRunner
@@ -69,6 +69,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         description="The model stack behind the OpenAI API, from scratch, on this machine.",
         openapi_url=None,  # `routes/pages.py` serves /openapi.json
         redirect_slashes=False,
+        dependencies=[Depends(refresh_models)],
         middleware=[
             Middleware(
                 ResponseHeaders,

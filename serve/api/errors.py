@@ -248,8 +248,8 @@ def as_api_error(error: Exception) -> APIError:
         case CannotLoad():
             return APIError(
                 503,
-                f"The model `{_clip(error.id)}` is in /v1/models but not available: "
-                f"{_clip(error, 400)}.",
+                f"The model `{_clip(error.id)}` is in /v1/models but cannot be loaded: "
+                f"{_clip(error.reason, 400)}.",
                 type="server_error",
                 code="model_not_ready",
                 headers={"retry-after": "5"} if error.is_busy else {"x-should-retry": "false"},

@@ -52,6 +52,11 @@ def state_of(request: Request) -> ServerState:
     return request.app.state
 
 
+async def refresh_models(request: Request) -> None:
+    """Read newly pulled models before a route looks one up: a dependency of every route."""
+    await state_of(request).registry.refresh()
+
+
 async def get_loaded_model(request: Request, name: str, model_class: type[M]) -> M:
     """Return the loaded model with an id or alias, which must be of class ``model_class``.
 

@@ -18,9 +18,9 @@ def banner(address: str, registry: Registry, *, has_keys: bool) -> str:
     lines = []
     for model in registry.list_models():
         names = registry.aliases_of(model.id)
-        also = (
-            f", also called {', '.join(names[:3])} and {len(names) - 3} more" if names[3:] else ""
-        )
+        also = f", also called {', '.join(names[:3])}" if names else ""
+        if len(names) > 3:
+            also += f" and {len(names) - 3} more"
         state = "loaded at its first request"
         if not isinstance(model, ModelSpec):
             state = f"{model.context:,} tokens of context, in {model.dtype}, {model.fingerprint}"

@@ -79,7 +79,8 @@ class Conversation:
             return f"{name} needs a number, got {value!r}"
         if name in ("max_tokens", "seed"):
             setattr(self.options, name, getattr(self.default, name) if number is None else number)
-            return f"{name} is {getattr(self.options, name)}"
+            current = getattr(self.options, name)
+            return f"{name} is {'the default' if current is None else current}"
         if number is None:
             self.options.sampling.pop(name, None)
             if name in self.default.sampling:

@@ -203,7 +203,7 @@ def _open_registry(
         adapter_specs=resolve.AdapterSpecs(
             server_settings.home, server_settings.cache_budget, paths
         ),
-        pulled_specs=resolve.PulledSpecs(known_models, options, paths) if serve_pulled else dict,
+        pulled_specs=resolve.PulledSpecs(known_models, options, paths) if serve_pulled else None,
     )
     try:
         registry.load(registry.default)

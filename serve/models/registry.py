@@ -23,12 +23,25 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from serve.exceptions import CannotLoad, Failure, UnknownModel
 from serve.models.spec import LoadedModel, ModelSpec
 
 Specs = Callable[[], Mapping[str, ModelSpec]]
+
+
+class PulledSource(Protocol):
+    """Returns the current pulled models by id. It may be called on any thread."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether a call returns at once: no model was pulled or removed since the last one."""
+        ...
+
+    def __call__(self) -> Mapping[str, ModelSpec]:
+        """Return the specs by id; reads the headers of new models, up to seconds."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Registry:
         memory_limit: int | None = None,
         not_pulled: Collection[str] = (),
         adapter_specs: Specs = dict,
-        pulled_specs: Specs = dict,
+        pulled_specs: PulledSource | None = None,
     ):
         if not models:
             raise ValueError("models is empty: a server needs at least one model")
@@ -103,7 +116,8 @@ class Registry:
         self._load_lock = threading.RLock()  # reentrant: `load` loads the base model too
         self._damaged: dict[str, tuple[object, str]] = {}  # by id: stamp of the files, error
         # In this order, because an adapter may belong to a pulled model.
-        self._sources = (pulled_specs, adapter_specs)
+        self._sources: tuple[Specs, ...] = (pulled_specs or dict, adapter_specs)
+        self._pulled_specs = pulled_specs
         self._known: dict[Specs, Mapping[str, ModelSpec]] = {}
         self._requests: Counter[str] = Counter()
         self._loaded_at = dict.fromkeys(self._loaded, time.time())
@@ -119,6 +133,14 @@ class Registry:
         from transformer.engine.device import default_device
 
         return default_device().is_alive
+
+    async def refresh(self) -> None:
+        """Read the headers of newly pulled models on a thread.
+
+        Each lookup reads them if need be, but blocks the event loop meanwhile.
+        """
+        if self._pulled_specs is not None and not self._pulled_specs.is_current:
+            await asyncio.to_thread(self._pulled_specs)
 
     def list_models(self) -> list[LoadedModel | ModelSpec]:
         """Return the served models in order: the loaded model, or its spec if it is not loaded."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -103,15 +104,25 @@ class PulledSpecs:
     ):
         self._known_models, self._options, self._paths = known_models, options, paths
         self._served_anyway = frozenset(paths)
+        self._lock = threading.Lock()
         self._stamp: object = None
         self._specs: dict[str, tuple[ModelFiles, ModelSpec]] = {}
         self._specs_by_id: Mapping[str, ModelSpec] = {}
 
+    @property
+    def is_current(self) -> bool:
+        """Whether no model was pulled or removed since the last call."""
+        return self._changed_at() == self._stamp
+
     def __call__(self) -> Mapping[str, ModelSpec]:
         """Return the specs by id; the same object until a model is pulled or removed."""
-        if (stamp := self._changed_at()) == self._stamp:
+        with self._lock:
+            if (stamp := self._changed_at()) != self._stamp:
+                self._read()
+                self._stamp = stamp
             return self._specs_by_id
-        self._stamp = stamp
+
+    def _read(self) -> None:
         specs: dict[str, tuple[ModelFiles, ModelSpec]] = {}
         for files in self._find():
             if files.id in self._served_anyway or files.id in specs:
@@ -126,7 +137,6 @@ class PulledSpecs:
         self._specs = specs
         self._paths |= {id: files.path for id, (files, _) in specs.items()}
         self._specs_by_id = {id: spec for id, (_, spec) in specs.items()}
-        return self._specs_by_id
 
     def _changed_at(self) -> object:
         try:

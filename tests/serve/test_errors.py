@@ -9,7 +9,7 @@ import re
 import pytest
 
 from serve.api.errors import as_api_error
-from serve.exceptions import UnknownModel
+from serve.exceptions import CannotLoad, UnknownModel
 from tests.naming import names
 from tests.serve.scripted import CONTEXT
 from transformer.engine import Busy
@@ -468,3 +468,10 @@ def test_engine_failure_in_stream_is_last_event(http, prompt):
     error = json.loads(last.removeprefix("data: "))["error"]
     assert error["type"] == "server_error" and set(error) == {"message", "type", "param", "code"}
     assert "secret" not in last and "[DONE]" not in response.text
+
+
+def test_model_that_cannot_be_loaded_is_named_once():
+    """Regression: the message named the model twice."""
+    error = as_api_error(CannotLoad("tiny", "config.json lacks vocab_size", is_busy=False))
+    assert (error.status, error.code) == (503, "model_not_ready")
+    assert error.message.count("tiny") == 1 and names(error.message, "vocab_size")

@@ -48,6 +48,7 @@ def test_new_model_kind_with_one_file_and_one_route_is_served(folder, tmp_path, 
         )
     text = banner("http://here", registry, has_keys=False)
     assert "/v1/words" in text and "client.words.create(" in text
+    assert "word-1" in text, "regression: one to three aliases were left out"
     app.state.job_runner.close()
 
 

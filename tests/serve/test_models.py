@@ -15,9 +15,24 @@ def test_lookup_by_id_or_alias_returns_model(strict):
     assert strict.models.retrieve("gpt-4").id == "scripted"
 
 
-@pytest.mark.parametrize("id", ["org/with-slash", "org%2Fwith-slash"])
-def test_model_ids_with_slashes_are_found(http, id):
+@pytest.mark.parametrize("separator", ["/", "%2F", "%2f"])
+def test_model_ids_with_slashes_are_found_in_every_path(http, separator):
+    id, unknown = f"org{separator}with-slash", f"org{separator}nothing"
     assert http.get(f"/v1/models/{id}").json()["id"] == "org/with-slash"
+    assert http.head(f"/v1/models/{id}").status_code == 200
+    assert http.get(f"/v1/engines/{id}").json()["id"] == "org/with-slash"
+    for route, body in (
+        ("completions", {"prompt": "hi"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        answer = http.post(f"/v1/engines/{id}/{route}", json=body)
+        assert answer.json()["model"] == "org/with-slash"
+        assert http.post(f"/v1/engines/{unknown}/{route}", json=body).status_code == 404
+    for path in (f"/v1/models/{unknown}", f"/v1/engines/{unknown}"):
+        assert http.get(path).json()["error"]["code"] == "model_not_found"
+    refused = http.delete(f"/v1/models/{id}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_deletable")
+    assert http.delete(f"/v1/models/{unknown}").json()["error"]["code"] == "model_not_found"
 
 
 def test_client_finds_model_ids_with_slashes(strict):

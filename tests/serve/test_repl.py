@@ -151,6 +151,9 @@ def test_set_changes_and_resets_options(
     assert (options.sampling, options.max_tokens, options.seed) == ({"temperature": 0.0}, 2, 7)
     options = converse(model, "/set temperature 0", "/set temperature", "/set stop").options
     assert (options.sampling, options.stop) == ({"temperature": 0.2}, ())
+    # Regression: a reset seed was "None".
+    converse(model, "/set seed 3", "/set seed", "/set max_tokens")
+    assert "None" not in capsys.readouterr().err
     converse(model, "/set warmth 3", "/set top_k x")
     errors = capsys.readouterr().err
     assert names(errors, "'warmth'", "temperature") and names(errors, "top_k", "'x'")

@@ -1,16 +1,19 @@
 """Real models: loaded at the first request, and freed when another needs the memory."""
 
 import asyncio
+import contextlib
 
+import httpx
 import psutil
 import pytest
 
+from serve.api.app import create_app
 from serve.api.settings import ServerSettings
 from serve.cli import serve
-from serve.models import catalogue, decoder, resolve
+from serve.models import catalogue, decoder, disk, resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
-from tests.serve import tiny
+from tests.serve import scripted, tiny, tiny_gguf
 from transformer.engine import Done, SequenceRequest, Token
 from transformer.sampling import SamplingParams
 
@@ -40,6 +43,28 @@ def test_describe_damaged_file_raises_value_error(tmp_path):
     (tmp_path / "half.gguf").write_bytes(b"GGUF\x03")
     with pytest.raises(ValueError, match="half.gguf"):
         describe(tmp_path / "half.gguf", "mine", tmp_path)
+
+
+def test_pulled_model_is_described_off_the_event_loop(tmp_path, monkeypatch):
+    """Regression: the first request after a pull read headers on the event loop."""
+    tiny_gguf.write_catalogue(tmp_path)
+    was_on_loop = []
+
+    def recorded(*arguments):
+        was_on_loop.append(asyncio._get_running_loop() is not None)
+        return describe_files(*arguments)
+
+    describe_files = resolve.describe
+    monkeypatch.setattr(resolve, "describe", recorded)
+    options = LoadOptions(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
+    pulled_specs = resolve.PulledSpecs(catalogue.load(tmp_path), options, {})
+    registry = Registry([scripted.model()], {}, pulled_specs=pulled_specs)
+    app = create_app(ServerSettings(home=tmp_path), registry)
+    with scripted.serve_app(app) as address, contextlib.closing(app.state.job_runner):
+        assert httpx.get(f"{address}/v1/models/tiny").json()["id"] == "tiny"
+        disk.mark_changed(tmp_path)
+        assert len(httpx.get(f"{address}/v1/models").json()["data"]) == 2
+    assert was_on_loop and not any(was_on_loop)
 
 
 def test_kv_cache_size_of_a_model_does_not_depend_on_number_of_models(tmp_path, monkeypatch):
