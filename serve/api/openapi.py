@@ -5,6 +5,7 @@ the models of request and response. Each route declares them with `route_docs`, 
 adds them to the description. Routes do not validate their responses against it; a test does.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,6 +24,7 @@ def route_docs(
     *,
     form: type[BaseModel] | None = None,
     events: type[BaseModel] | None = None,
+    errors: Mapping[int, str] | None = None,
     media_type: str = "text/plain",
 ) -> dict[str, Any]:
     """Return the keyword arguments of FastAPI's route decorators that document a route.
@@ -32,6 +34,7 @@ def route_docs(
         body: Model of the JSON body.
         form: Model of the multipart form.
         events: Model of each server-sent event, if the route can stream.
+        errors: Descriptions of particular errors, by status.
         media_type: Media type of a text response.
     """
     content: dict[str, Any] = {}
@@ -53,6 +56,8 @@ def route_docs(
         "4XX": {"description": "The request is invalid; the error says why.", **error},
         "5XX": {"description": "The server failed, or accepts no requests now.", **error},
     }
+    for status, description in (errors or {}).items():
+        responses[status] = {"description": description, **error}
     arguments: dict[str, Any] = {"responses": responses, "response_model": None}
     models = {"application/json": body, "multipart/form-data": form}
     bodies = {name: {"schema": _reference(model)} for name, model in models.items() if model}

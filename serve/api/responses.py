@@ -83,10 +83,10 @@ class ManagedModel(ResponseModel):
     object: Literal["model.status"]
     kind: Literal[KINDS]  # pyright: ignore[reportInvalidTypeForm]
     state: Literal["loaded", "loading", "unloaded"]
-    memory: Count
-    loaded_at: int | None
-    requests: Count
-    busy: bool
+    memory: Count = Field(description="Bytes; an estimate if the model is not loaded.")
+    loaded_at: int | None = Field(description="Seconds since 1970.")
+    requests: Count = Field(description="Requests since the server started.")
+    busy: bool = Field(description="Whether a request waits or runs.")
 
 
 class ManagedModels(ListResponse[ManagedModel]):
@@ -97,8 +97,8 @@ class PullProgress(ResponseModel):
     """An event of a pull; the last one has the status "success" and the model."""
 
     status: str
-    completed: Count | None = None
-    total: Count | None = None
+    completed: Count | None = Field(None, description="Bytes that have arrived.")
+    total: Count | None = Field(None, description="Bytes to fetch.")
     model: ManagedModel | None = None
 
 
@@ -380,7 +380,10 @@ class Embeddings(ListResponse[Embedding]):
 
 # --- reranking --------------------------------------------------------------------------------
 
-RerankMethod = Literal["cross_encoder", "embeddings"]
+RerankMethod = Annotated[
+    Literal["cross_encoder", "embeddings"],
+    Field(description="embeddings: scores are cosines, because the model is no cross-encoder."),
+]
 
 
 class RerankDocument(ResponseModel):
@@ -392,9 +395,11 @@ class RerankDocument(ResponseModel):
 class RerankResult(ResponseModel):
     """The relevance of a document."""
 
-    index: Count  # of the document in the request
+    index: Count = Field(description="The position of the document in the request.")
     relevance_score: float
-    document: RerankDocument | None = None  # unless return_documents is false
+    document: RerankDocument | None = Field(
+        None, description="Absent if return_documents is false."
+    )
 
 
 class Rerank(ResponseModel):
@@ -402,7 +407,7 @@ class Rerank(ResponseModel):
 
     id: str
     model: str
-    method: RerankMethod  # embeddings: the cosine, where the model is no cross-encoder
+    method: RerankMethod
     results: list[RerankResult]
     usage: EmbeddingsUsage
 

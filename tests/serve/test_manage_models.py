@@ -11,9 +11,10 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from serve.api import responses
 from tests import hub_server
 from tests.hub_server import Hub
-from tests.serve import processes, tiny, tiny_gguf
+from tests.serve import processes, scripted, tiny, tiny_gguf
 
 pytestmark = pytest.mark.heavy
 
@@ -42,7 +43,9 @@ class Setup:
         return [model["id"] for model in self.http.get("/v1/models").json()["data"]]
 
     def states(self) -> dict[str, dict]:
-        return {model["id"]: model for model in self.http.get(ROUTE).json()["data"]}
+        response = self.http.get(ROUTE)
+        responses.ManagedModels.model_validate_json(response.content, strict=True)
+        return {model["id"]: model for model in response.json()["data"]}
 
     def pull(self, name: str) -> tuple[int, list[dict]]:
         """Pull over HTTP; return the status, and the events or the error."""
@@ -50,6 +53,9 @@ class Setup:
         if not response.is_success:
             return response.status_code, [response.json()["error"]]
         lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+        for line in lines:
+            if line != "[DONE]" and "error" not in json.loads(line):
+                responses.PullProgress.model_validate_json(line, strict=True)
         return response.status_code, [json.loads(line) for line in lines if line != "[DONE]"]
 
 
@@ -99,7 +105,7 @@ def test_pull_over_http_reports_progress_and_serves_model(setup: Setup) -> None:
         assert answer.model == "people/tiny-llama" and answer.usage
         assert client.models.retrieve("people/tiny-llama").to_dict()["dtype"] == "float32"
     response = setup.http.post(f"{ROUTE}/pull", json={"model": "tiny", "stream": False})
-    assert response.json()["id"] == "tiny"
+    assert responses.ManagedModel.model_validate_json(response.content, strict=True).id == "tiny"
 
 
 @pytest.mark.slow
@@ -194,7 +200,7 @@ def test_pull_during_another_pull_returns_pull_in_progress(setup: Setup) -> None
     processes.wait_for(lambda: setup.pull("hf:people/tiny-llama")[0] == 200)
 
 
-def test_pull_without_allow_pull_returns_403(tmp_path: Path) -> None:
-    with tiny.serving(tmp_path / "home", tiny.model(tmp_path / "model")) as address:
+def test_pull_without_allow_pull_returns_403() -> None:
+    with scripted.serve_models(scripted.model()) as address:
         response = httpx.post(f"{address}{ROUTE}/pull", json={"model": "tiny"})
     assert (response.status_code, response.json()["error"]["code"]) == (403, "pull_not_allowed")

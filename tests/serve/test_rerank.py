@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import bpe
+from serve.api import responses
 from serve.api.app import create_app
 from serve.api.settings import ServerSettings
 from serve.models import resolve
@@ -54,7 +55,14 @@ def address(folders, tmp_path_factory):
 
 
 def post(address, path="/v1/rerank", **body):
-    return httpx.post(f"{address}{path}", json=body, timeout=60)
+    """Post a request; check that the response has the schema of /openapi.json."""
+    answer = httpx.post(f"{address}{path}", json=body, timeout=60)
+    model = responses.Scores if path.endswith("score") else responses.Rerank
+    if answer.is_error:
+        responses.Error.model_validate_json(answer.content, strict=True)
+    elif not path.endswith("embeddings"):
+        model.model_validate_json(answer.content, strict=True)
+    return answer
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,16 @@ def test_openapi_describes_every_route(description):
         "/ready",
         "/version",
         "/metrics",
+        "/v1/rerank",
+        "/v1/score",
+        "/pellucid/v1/models",
+        "/pellucid/v1/models/load",
+        "/pellucid/v1/models/unload",
+        "/pellucid/v1/models/pull",
     } <= set(description["paths"])
+    assert description["paths"]["/pellucid/v1/models/pull"]["post"]["responses"].keys() >= {
+        "200", "400", "403", "404", "409", "502", "503", "507", "4XX", "5XX",
+    }  # fmt: skip
     assert "delete" in description["paths"]["/v1/models/{model_id}"]
     bodies = description["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
     reference = bodies["application/json"]["schema"]["$ref"]
@@ -147,6 +156,19 @@ def test_fine_tuned_model_is_deleted(tmp_path):
         assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["scripted"]
         assert http.delete(f"/v1/models/{adapter}").status_code == 404
         assert list((tmp_path / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize("separator", ["/", "%2F"])
+def test_fine_tuned_model_of_a_hub_model_is_deleted_by_raw_and_encoded_id(tmp_path, separator):
+    adapter = "ft:people/tiny:me::x"
+    adapters.adapter_folder(tmp_path, adapter).mkdir(parents=True)
+    models = [scripted.model(), scripted.model(adapter)]
+    with scripted.serve_models(*models, home=tmp_path) as address:
+        deleted = httpx.delete(f"{address}/v1/models/{adapter.replace('/', separator)}")
+        assert deleted.json() == {"id": adapter, "object": "model", "deleted": True}
+        cards = httpx.get(f"{address}/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["scripted"]
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_model_with_undeletable_files_stays_listed(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ from serve.models import catalogue, download, hub
 
 router = APIRouter(prefix="/pellucid/v1/models")
 
+_UNKNOWN = "`model_not_found`"
 PROGRESS_SECONDS = 0.2  # between two progress events of a pull
 # Status and code of the response to each failure. A class precedes its base class.
 _ERRORS: dict[type[Failure], tuple[int, str]] = {
@@ -57,13 +58,16 @@ _ERRORS: dict[type[Failure], tuple[int, str]] = {
 class ModelBody(Body):
     """Body of POST /pellucid/v1/models/load and /unload."""
 
-    model: str = Field(min_length=1)
+    model: str = Field(
+        min_length=1,
+        description="An id or alias; to pull, an id of the catalogue or hf:OWNER/REPO.",
+    )
 
 
 class PullBody(ModelBody):
     """Body of POST /pellucid/v1/models/pull."""
 
-    stream: bool = True
+    stream: bool = Field(True, description="Whether to send events of the progress.")
 
 
 async def status_to_api(state: ServerState, id: str) -> dict[str, Any]:
@@ -93,7 +97,17 @@ async def list_states(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [await status_to_api(state, model.id) for model in models]}
 
 
-@router.post("/load", **route_docs(ManagedModel, ModelBody))
+@router.post(
+    "/load",
+    **route_docs(
+        ManagedModel,
+        ModelBody,
+        errors={
+            404: _UNKNOWN,
+            503: "`model_not_ready`: memory does not suffice, or a file is damaged.",
+        },
+    ),
+)
 async def load(request: Request) -> dict[str, Any]:
     """Load a model into memory; others are unloaded if memory is short."""
     body, state = await read_json(request, ModelBody), state_of(request)
@@ -101,7 +115,14 @@ async def load(request: Request) -> dict[str, Any]:
     return await status_to_api(state, model.id)
 
 
-@router.post("/unload", **route_docs(ManagedModel, ModelBody))
+@router.post(
+    "/unload",
+    **route_docs(
+        ManagedModel,
+        ModelBody,
+        errors={404: _UNKNOWN, 409: "`model_busy`: it answers a request, or others need it."},
+    ),
+)
 async def unload(request: Request) -> dict[str, Any]:
     """Unload a model from memory. The next request for it loads it again."""
     body, state = await read_json(request, ModelBody), state_of(request)
@@ -116,7 +137,24 @@ async def unload(request: Request) -> dict[str, Any]:
     return await status_to_api(state, body.model)
 
 
-@router.post("/pull", **route_docs(ManagedModel, PullBody, events=PullProgress))
+@router.post(
+    "/pull",
+    **route_docs(
+        ManagedModel,
+        PullBody,
+        events=PullProgress,
+        errors={
+            400: "`invalid_value`: no name of the hub, or a repository of pickles only.",
+            403: "`pull_not_allowed`: the server runs without --allow-pull; `model_gated`.",
+            404: _UNKNOWN,
+            409: "`pull_in_progress`: one model is pulled at a time.",
+            500: "`model_not_usable`: it was pulled, but its files are damaged or unsupported.",
+            502: "`source_unreachable`, `wrong_checksum`.",
+            503: "`source_rate_limited`: the hub asks to wait.",
+            507: "`does_not_fit`: memory or disk does not suffice.",
+        },
+    ),
+)
 async def pull(request: Request) -> Response:
     """Pull a model of the catalogue or of the hub. When the client disconnects, the pull stops."""
     body, state = await read_json(request, PullBody), state_of(request)
@@ -191,6 +229,7 @@ async def _pull_events(state: ServerState, name: str, known_models: catalogue.Ca
         while (event := await queue.get()) is not None:
             yield event
         id = await task
+        await state.registry.refresh()
         yield {"status": "success", "model": await status_to_api(state, id)}
     except UnknownModel:
         raise APIError(

@@ -45,6 +45,11 @@ MAX_DOCUMENTS = 2048  # in one request
 # Prompt names that sentence-transformers looks for, in this order.
 _QUERY_PROMPTS = ("query",)
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+_ERRORS = {
+    400: "A field is missing or invalid; `context_length_exceeded`: a pair is too long.",
+    404: "`model_not_found`: no such model, or it does not rank documents.",
+    503: "`model_not_ready`: the model cannot be loaded; or too many requests wait.",
+}
 
 
 class RerankText(Body):
@@ -70,10 +75,16 @@ Texts = Annotated[
 class Truncation(Body):
     """The fields that both routes have: the model, and how to cut texts that are too long."""
 
-    model: str = ""  # empty: the first served cross-encoder, or else the first embedding model
-    truncate: bool = False
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = None
+    model: str = Field(
+        "", description="Empty: the first served cross-encoder, or else the first embedding model."
+    )
+    truncate: bool = Field(False, description="Cut pairs that exceed the model's context.")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="Cut pairs to this many tokens; -1: to the model's context."
+    )
+    max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Cut each document to this many tokens."
+    )
     user: Annotated[str | None, UNUSED] = None
 
 
@@ -84,8 +95,8 @@ class RerankBody(Truncation):
     documents: Annotated[
         list[Document], Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)
     ]
-    top_n: Annotated[int, Field(ge=0)] = 0  # 0: all
-    return_documents: bool = True
+    top_n: int = Field(0, ge=0, description="The number of results; 0: all documents.")
+    return_documents: bool = Field(True, description="Whether results repeat the documents.")
 
 
 class ScoreBody(Truncation):
@@ -97,7 +108,7 @@ class ScoreBody(Truncation):
     documents: Texts | None = None
 
 
-@router.post("/v1/rerank", **route_docs(Rerank, RerankBody))
+@router.post("/v1/rerank", **route_docs(Rerank, RerankBody, errors=_ERRORS))
 @router.post("/rerank", include_in_schema=False)
 @router.post("/v2/rerank", include_in_schema=False)
 async def rerank(request: Request) -> dict[str, Any]:
@@ -122,7 +133,7 @@ async def rerank(request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/v1/score", **route_docs(Scores, ScoreBody))
+@router.post("/v1/score", **route_docs(Scores, ScoreBody, errors=_ERRORS))
 @router.post("/score", include_in_schema=False)
 async def score(request: Request) -> dict[str, Any]:
     """Return the relevance of one text to another, for each pair."""
