@@ -122,7 +122,7 @@ def sentencepiece_of(metadata) -> Encode:
     """Return sentencepiece with the vocabulary of a GGUF file."""
     import sentencepiece
 
-    from tests.transformer.test_parity_converter import protobuf, sentencepiece_pieces
+    from tests.transformer.comparisons import protobuf, sentencepiece_pieces
 
     get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
     tokens = [token.encode() for token in get("tokens", ())]

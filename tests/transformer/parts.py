@@ -7,23 +7,29 @@ from transformer.config import Config
 from transformer.layers import linear
 
 
-def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarray]) -> None:
+def check_parts(
+    params: decoder.Params, cfg: Config, golden: dict[str, np.ndarray]
+) -> dict[str, float]:
     """Compare each part with transformers, given the same input, so that errors do not add up.
 
     Args:
         params: Weights of the decoder.
         cfg: Config of the decoder.
         golden: Intermediates as described in tests/golden/transformer/make_tiny.py.
+
+    Returns:
+        The largest difference of each part.
     """
     positions = np.arange(golden["ids"].shape[1])[None]
     x, angles = decoder.embed_tokens(params, cfg, golden["ids"], positions)
-    checked = set()
+    differences: dict[str, float] = {}
 
     def same(part, actual, i, atol=1e-5):
         expected = golden[part] if i is None else golden[part][i]
         actual = np.asarray(actual).reshape(expected.shape)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=f"{part} {i}")
-        checked.add(part)
+        difference = float(np.abs(actual - expected).max())
+        differences[part] = max(difference, differences.get(part, 0.0))
 
     same("stream", x, 0)
     for i, layer in enumerate(params.layers):
@@ -72,4 +78,5 @@ def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarra
             same("mlp_post_norm", decoder._norm(golden["mlp"][i], layer.mlp_post_norm, cfg), i)
         same("stream", decoder.block(stream, layer, cfg, angles[i], attend), i + 1, atol=1e-4)
     same("logits", decoder.unembed(params, cfg, golden["stream"][-1]), None)
-    assert checked == golden.keys() - {"ids", "versions"}
+    assert differences.keys() == golden.keys() - {"ids", "versions"}
+    return differences

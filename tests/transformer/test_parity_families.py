@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from functools import cache as once
 from pathlib import Path
 
 import jax
@@ -11,78 +10,40 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.transformer import comparisons
+from tests.transformer.comparisons import LENGTH, TOLERANCE, reference
 from tests.transformer.conftest import MORE, TINY
-from tests.transformer.parts import check_parts
 from tests.transformer.quantized import quantized
 from training.recipes.decoder import next_token_loss
 from transformer import cache, checkpoint, config_keys, decoder, families, lora, rope
 
 pytestmark = pytest.mark.parity
-LENGTH = 352  # beyond the first block of the cache, every window, and every context before scaling
-WINDOW = 60  # at the end the first block is outside the window
-
-
-@once
-def reference(name):
-    """Return a random model of a family, made by transformers like the golden ones, and ids."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from tests.golden.transformer import make_tiny
-
-    config = make_tiny.CONFIGS[name]
-    config.pad_token_id = None  # torch computes no gradient for the embedding of this token
-    if name == "gpt2":
-        config.n_positions = 512
-    elif getattr(config, "sliding_window", None) is not None:
-        config.sliding_window = WINDOW
-    torch.manual_seed(1)
-    return make_tiny.random_model(config), torch.randint(config.vocab_size, (1, LENGTH))
 
 
 @pytest.fixture(params=[*TINY, *MORE])
 def both(request, tmp_path):
-    """Return (our weights and config, the model of transformers, ids, its logits)."""
-    import torch
-
-    model, ids = reference(request.param)
-    model.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    params, cfg, _ = checkpoint.load(tmp_path)
-    with torch.inference_mode():
-        return (params, cfg), model, ids, model(ids).logits.numpy()
+    """Return the weights and config of Pellucid, the model of transformers, ids, its logits."""
+    pytest.importorskip("transformers")
+    return comparisons.load_both(request.param, tmp_path)
 
 
 def test_forward_matches_transformers(both):
-    (params, cfg), _, ids, expected = both
-    logits, _ = decoder.forward(params, cfg, ids.numpy())
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    assert comparisons.logits_difference(both) <= TOLERANCE
 
 
 def test_forward_cached_matches_transformers(both):
-    """Prefill in chunks, then decode across a block boundary and beyond the window."""
-    (params, cfg), _, ids, expected = both
-    forward_cached = jax.jit(decoder.forward_cached, static_argnums=1, donate_argnums=2)
-    kv_cache, tables, ids = cache.init(cfg, 2), np.array([[1, 2]]), ids.numpy()
-    sizes = [64, 64, 64, *[1] * (LENGTH - 192)]
-    for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
-        chunk = ids[:, start : start + size]
-        x, kv_cache = forward_cached(params, cfg, kv_cache, chunk, tables, np.array([start]))
-        logits = decoder.unembed(params, cfg, x)
-        np.testing.assert_allclose(logits, expected[:, start : start + size], rtol=0, atol=1e-4)
+    assert comparisons.cached_difference(both) <= TOLERANCE
 
 
 def test_each_part_matches_transformers(both):
-    from tests.golden.transformer.make_tiny import intermediates
-
-    (params, cfg), model, ids, _ = both
-    check_parts(params, cfg, {"ids": ids.numpy(), **intermediates(model, ids)})
+    assert max(comparisons.part_differences(both).values()) <= TOLERANCE
 
 
 def test_saved_folder_loads_in_transformers_bitwise_equal(both, tmp_path):
     import torch
     import transformers
 
-    (params, cfg), model, ids, expected = both
+    params, cfg, model, ids, expected = both
     checkpoint.save(tmp_path / "ours", params, cfg)
     path = tmp_path / "ours" / "config.json"  # some defaults exceed the tiny vocabulary
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
