@@ -275,7 +275,7 @@ def _read_text(args: argparse.Namespace) -> str:
 
 
 def _resolve_pattern(name: str) -> str:
-    """Return the split pattern that `PATTERNS` has for `name`, or `name` itself as a pattern."""
+    """Return the split pattern `PATTERNS[name]`; another `name` must be a pattern itself."""
     if name in PATTERNS:
         return PATTERNS[name]
     if re.fullmatch(r"[\w-]+", name):  # a misspelled name; as a pattern it matches only itself

@@ -28,15 +28,15 @@ WHITESPACE = (
 
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
-    """A token that is matched in the text before it is split and merged.
+    """A token that is matched in a text before the rest of the text is split and merged.
 
     Attributes:
         content: the text of the token.
         id: the token id.
         special: whether the token is matched only if the caller allows it.
         single_word: whether no letter, digit or underscore may be adjacent.
-        lstrip: whether the token also takes the whitespace before it.
-        rstrip: whether the token also takes the whitespace after it.
+        lstrip: whether the match includes the whitespace before the token.
+        rstrip: whether the match includes the whitespace after the token.
         normalized: whether the token is matched in the normalized text instead of the raw text.
     """
 
@@ -50,7 +50,7 @@ class AddedToken:
 
 
 class TokenSplitter:
-    """A splitter of texts at a set of added tokens."""
+    """Splits texts at the added tokens of one set."""
 
     def __init__(self, tokens: Collection[AddedToken]):
         """Compile the search for `tokens`, each of which must have a different `content`."""
@@ -94,7 +94,7 @@ class TokenSplitter:
 
 @functools.lru_cache(maxsize=64)
 def token_splitter(tokens: frozenset[AddedToken]) -> TokenSplitter:
-    """Return a `TokenSplitter` for a set of tokens, from a cache of the latest 64."""
+    """Return a `TokenSplitter` for a set of added tokens; the 64 latest are cached."""
     return TokenSplitter(tokens)
 
 

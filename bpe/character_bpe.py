@@ -32,8 +32,8 @@ class CharacterBpe:
     """A character-level BPE vocabulary, converted to byte-level merges.
 
     Attributes:
-        vocab: the byte-level vocabulary; its ids are internal.
-        expansions: the ids of the model that each internal id expands to.
+        vocab: the byte-level vocabulary; its ids (internal ids) are not those of the model.
+        expansions: for each internal id, the ids of the model that replace it.
         has_ties: whether two tokens have the same score, so that merges have equal ranks.
         byte_ids: the id of each byte, or None.
     """
@@ -99,7 +99,10 @@ class CharacterBpe:
         self.expansions = [self._expand(token, unused_tokens) for token in tokens]
 
     def _expand(self, token: bytes, unused: frozenset[bytes]) -> tuple[int, ...]:
-        """Return the ids of the model for an internal token, given as bytes."""
+        """Return the ids of the model that replace a token (bytes) of the byte-level vocabulary.
+
+        A token in `unused` is replaced by the tokens that it was merged from.
+        """
         if token in unused:
             return tuple(
                 id for part in self._split_unused(token) for id in self._expand(part, unused)
@@ -124,7 +127,7 @@ class CharacterBpe:
 
     @property
     def pieces(self) -> Mapping[str, int]:
-        """Token to id."""
+        """The dictionary from token to id."""
         return self._pieces
 
     def encode(self, segment: str) -> list[int]:
@@ -158,7 +161,7 @@ class CharacterBpe:
 
 
 class _ScoredVocab(Vocab):
-    """A vocabulary that ranks merges by the scores of the merged tokens, with ties."""
+    """A vocabulary whose merges have equal ranks if the merged tokens have equal scores."""
 
     def __init__(self, name: str, ranks: Mapping[bytes, int], equal: Sequence[int]):
         super().__init__(name, pattern=(), ranks=ranks, special_tokens={})

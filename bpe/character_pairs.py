@@ -24,9 +24,10 @@ _FACTORS = np.array([0x9E3779B1, 0x85EBCA77], np.uint32)  # any odd numbers
 
 
 class CharacterPairs:
-    """The pairs of characters that are adjacent in a token, as a table indexed by their hash.
+    """The pairs of characters that are adjacent in any token, as a table indexed by their hash.
 
-    Two pairs can share a slot. Then a split point is missed, which does not change the ids.
+    A text can be split between two characters that are not such a pair. Two pairs can share a slot
+    of the table. Then a split point is missed, which does not change the ids.
     """
 
     def __init__(self, tokens: Collection[str]):
@@ -42,7 +43,7 @@ class CharacterPairs:
                 self._is_adjacent[_slots(to_codes(token))] = True
 
     def starts(self, codes: Codes) -> npt.NDArray[np.bool_]:
-        """Return a mask [n]: True where a segment starts, which includes the first character."""
+        """Return a mask [n]: True at the first character of the text and of each later segment."""
         is_start = np.ones(len(codes), np.bool_)
         np.logical_not(self._is_adjacent.take(_slots(codes), mode="clip"), out=is_start[1:])
         return is_start
@@ -59,7 +60,7 @@ def to_codes(text: str) -> Codes:
 
 
 def _slots(codes: Codes) -> npt.NDArray[Any]:
-    """Return the slot [n - 1] of each pair of adjacent characters."""
+    """Return the table index [n - 1] of each pair of adjacent characters."""
     slots = codes[:-1] * _FACTORS[0]
     slots += codes[1:] * _FACTORS[1]
     slots ^= slots >> np.uint32(15)

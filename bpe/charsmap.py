@@ -45,8 +45,8 @@ class Charsmap:
         self._data = data
         if len(data) < 4 or not 0 < (size := struct.unpack_from("<I", data)[0]) <= len(data) - 4:
             raise ValueError(
-                f"precompiled_charsmap is damaged: the size of its trie exceeds the {len(data)} "
-                "bytes of data, or is 0"
+                "precompiled_charsmap is damaged: expected a size of the trie, and a trie of that "
+                f"size, in {len(data)} bytes"
             )
         if size % 4:
             raise ValueError(
@@ -158,7 +158,7 @@ class Charsmap:
 
 
 def _offsets(units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """Return the offset to the children that each unit of the trie encodes."""
+    """Return, for each unit of the trie, the offset from the unit to its children."""
     import numpy as np
 
     return (units >> np.uint32(10)) << ((units & np.uint32(1 << 9)) >> np.uint32(6))

@@ -172,7 +172,10 @@ class ChatTemplate:
     def _parts(
         self, encoding: Encoding, messages: Any, tools: Any, add_generation_prompt: bool
     ) -> Iterator[tuple[str, bool]]:
-        """Yield the rendered text as (text, whether it is a special token of the template)."""
+        """Yield the parts of the rendered text: (part, whether it is a special token).
+
+        Special tokens in messages and tools are ordinary text.
+        """
         if tools is not None and self.tool_use_template is not None:
             yield from self.tool_use_template._parts(
                 encoding, messages, tools, add_generation_prompt
@@ -257,7 +260,7 @@ class ChatTemplate:
         return start, end + _end_of_turn_length(text[end:], self.stop_tokens)
 
     def _prepare(self, messages: Any, tools: Any) -> tuple[list[Any], list[Any] | None]:
-        """Copy the arguments to plain lists and dicts of JSON types, without methods to call."""
+        """Return copies of the arguments in plain lists, dicts and strings, never subclasses."""
         messages, tools = _map_strings(str.__str__, (list(messages), tools))
         if "developer" not in self.source:
             for message in messages:
@@ -310,7 +313,7 @@ class ChatTemplate:
         return Sandbox().load(self.source)
 
     def _unused_marks(self, value: Any, count: int) -> list[str]:
-        """Return noncharacters that occur neither in the template nor in any string of `value`."""
+        """Return `count` noncharacters that occur neither in the template nor in `value`."""
         used = set(self.source)
         _map_strings(lambda s: used.update(s) or s, value)
         free = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in used]

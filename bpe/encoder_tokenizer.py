@@ -46,8 +46,8 @@ class EncoderTokenizer:
             num_ids: one more than the highest id.
             special_tokens: text to id of the special tokens.
             lowercase: whether to convert texts to lower case first, except special tokens.
-            has_types: whether `encode_pair` returns the token types of the post-processor; if
-                not, all types are 0, as for a model without token types.
+            has_types: whether `encode_pair` returns the token type ids of the post-processor; if
+                not, all are 0, as for a model without token types.
         """
         self._encode, self._num_ids, self._lowercase = encode, num_ids, lowercase
         self._has_types = has_types
@@ -59,12 +59,12 @@ class EncoderTokenizer:
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
-        """Return the special tokens before a text."""
+        """Return the ids of the special tokens before a text."""
         return self.post_processor.prefix
 
     @property
     def suffix_ids(self) -> tuple[int, ...]:
-        """Return the special tokens after a text."""
+        """Return the ids of the special tokens after a text."""
         return self.post_processor.suffix
 
     def encode(
@@ -89,7 +89,7 @@ class EncoderTokenizer:
     def encode_pair(
         self, first: str, second: str, *, max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
-        """Encode a pair of texts; return the ids, and the type (0 or 1) of each token.
+        """Encode a pair of texts; return the ids, and the token type id (0 or 1) of each token.
 
         Args:
             first: the first text.
@@ -105,7 +105,7 @@ class EncoderTokenizer:
     def process_pair(
         self, first: Sequence[int], second: Sequence[int], max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
-        """Add special tokens to a pair of encoded texts; return ids and types as `encode_pair`."""
+        """Return the ids and token type ids of a pair of encoded texts with special tokens."""
         ids, types = self.post_processor.process_pair(first, second, max_length)
         return ids, types if self._has_types else [0] * len(ids)
 
@@ -116,7 +116,10 @@ class EncoderTokenizer:
         return [self.encode(text, max_length=max_length) for text in texts]
 
     def _lower(self, text: str) -> str:
-        """Convert to lower case one character at a time, as `tokenizers` does."""
+        """Return a text in lower case, except special tokens; convert each character separately.
+
+        `tokenizers` does the same; `str.lower` converts some letters by their neighbors.
+        """
         if not self.special_tokens:
             return "".join(map(str.lower, text))
         # The group in the pattern makes `split` return the special tokens at odd indices.
@@ -157,10 +160,10 @@ def load_encoder_tokenizer(path: str | Path, *, lowercase: bool = False) -> Enco
 
 
 def _has_types(path: Path) -> bool:
-    """Return whether transformers passes token types to a model, from a tokenizer_config.json.
+    """Return whether transformers passes `token_type_ids` to the model of a tokenizer_config.json.
 
-    Without `model_input_names`, the tokenizer classes of specific models pass token types, and the
-    generic class does not.
+    The key `model_input_names` decides. Without it, the tokenizer classes of specific models return
+    `token_type_ids`, and the generic class (PreTrainedTokenizerFast) does not.
     """
     config = read_json(path) if path.exists() else {}
     names = config.get("model_input_names")
@@ -223,7 +226,7 @@ def _bos_and_eos(tokenizer: Any) -> PostProcessor:
 
 
 def _around(bos: int | None, eos: int | None) -> PostProcessor:
-    """Return a processor that adds `bos` before a text and `eos` after each text of a pair."""
+    """Return a post-processor that adds the id `bos` before the first text, `eos` after each."""
     before = () if bos is None else (Slot((bos,)),)
     after = () if eos is None else (Slot((eos,)),)
     a, b = Slot((), "A"), Slot((), "B")
@@ -231,9 +234,10 @@ def _around(bos: int | None, eos: int | None) -> PostProcessor:
 
 
 def wordpiece_from_gguf(metadata: Mapping[str, Any], where: str) -> WordPiece:
-    """Read the WordPiece vocabulary of a GGUF file.
+    """Return the WordPiece vocabulary of a GGUF file.
 
-    llama.cpp marks the beginning of a word by U+2581, where WordPiece marks a continuation by "##".
+    In the file, tokens at the beginning of a word begin with U+2581. They become tokens without it,
+    and the others become tokens with "##", as in a `vocab.txt`.
 
     Args:
         metadata: the metadata of the file.

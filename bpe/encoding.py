@@ -191,9 +191,10 @@ class Encoding(Vocab):
         """Encode incomplete text to its stable ids and the possible continuations.
 
         More text can change the last ids: the last tokens of "hello fanta" are not tokens of "hello
-        fantastic". Therefore the last piece (every trailing piece of whitespace) is not encoded.
-        Instead, all token sequences that cover it, or begin with it, are returned. The set of
-        sequences follows tiktoken, including its approximations.
+        fantastic". Therefore the last piece is not encoded; if it is whitespace, neither are the
+        whitespace tokens before it.
+        Instead, all sequences of ids are returned whose text begins with the rest of the text. The
+        set of sequences follows tiktoken, including its approximations.
 
         >>> stable, completions = bpe.get_encoding("gpt2").encode_with_unstable("hello fanta")
         >>> stable, completions[0], completions[-1], len(completions)
@@ -302,12 +303,12 @@ class Encoding(Vocab):
         return {token.content: token for token in self.added_tokens}
 
     def _splitter(self, allowed: AbstractSet[str], normalized: bool = False) -> TokenSplitter:
-        """Return the splitter at allowed special tokens and at all other added tokens.
+        """Return the splitter at allowed special tokens, and at added tokens that are not special.
 
         Args:
             allowed: the allowed special tokens.
-            normalized: whether to return the splitter of normalized text: the tokens with that
-                flag; else that of raw text, the tokens without it.
+            normalized: whether to include only the tokens with `AddedToken.normalized`, which are
+                matched in normalized text; else only the others, which are matched in raw text.
         """
         tokens = [token for token in self.added_tokens if not token.special]
         for content in self.special_tokens.keys() & allowed:
@@ -317,7 +318,10 @@ class Encoding(Vocab):
 
     @functools.cached_property
     def _splitters(self) -> dict[tuple[AbstractSet[str] | None, bool], TokenSplitter]:
-        """The splitters for no special token (key: empty set) and for all of them (key: None)."""
+        """The dictionary from (allowed special tokens, `normalized`) to splitter.
+
+        It has the empty set of special tokens, and all of them (None).
+        """
         choices = [(frozenset(), False), (frozenset(), True)]
         choices += [(self.special_tokens_set, False), (self.special_tokens_set, True)]
         return {
@@ -336,7 +340,7 @@ class Encoding(Vocab):
     def _items(
         self, text: str, allowed: AbstractSet[str], position: Position = "start"
     ) -> list[str | int]:
-        """Return the ids of the added tokens in a text, and the normalized texts between them.
+        """Return the id of each added token in a text and each normalized text between them.
 
         Args:
             text: a text without surrogates.
@@ -381,7 +385,7 @@ class Encoding(Vocab):
 
     @functools.cached_property
     def _cache(self) -> dict[str, list[int]]:
-        """The ids of recent pieces."""
+        """The dictionary from each recently encoded piece to its ids."""
         return {}
 
     def _split_long_piece(self, piece: str) -> Sequence[str]:

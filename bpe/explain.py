@@ -202,7 +202,7 @@ def lattice_diagram(encoding: SentencePiece, text: str) -> str:
 
 
 def _columns(parts: tuple[bytes, ...]) -> str:
-    """Return one column per byte, with lines between the bytes of a part."""
+    """Return a line of text with one column per byte, and a "─" between the bytes of one part."""
     row = ""
     for part in parts:
         cells = [render_token(bytes([byte])) for byte in part]

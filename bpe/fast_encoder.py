@@ -99,7 +99,7 @@ class FastEncoder:
         return PieceCache(self._vocab.ranks if self._vocab.ignore_merges else {})
 
     def _pretokenize(self, texts: Sequence[str]) -> tuple[PieceOffsets, Uint64s]:
-        """Return the pieces of several texts, and `sliding_uint64` of their data."""
+        """Return the `PieceOffsets` of several texts, and `sliding_uint64` of its data."""
         data, offsets, separators = pretokenize_batch(self._pattern, texts)
         uint64s = sliding_uint64(data)
         if not data.isascii():
@@ -232,7 +232,10 @@ class PieceCache:
         self._ids.append(ids)
 
     def gather_ids(self, number: Ints) -> tuple[Ids, Ints]:
-        """Return the concatenated ids of pieces, and the number of ids of each."""
+        """Return the concatenated ids of the pieces with these numbers, and the id count of each.
+
+        The numbers are those that `find` returns.
+        """
         head = self._head.take(number)
         count = head[:, 1].astype(np.intp)
         multi = np.flatnonzero(count != 1)
@@ -259,7 +262,15 @@ _MASKS = np.array(
 
 
 def _keys(uint64s: Uint64s, begin: Ints, length: Ints) -> tuple[Uint64s, Uint64s]:
-    """Return the keys of pieces; the key of a piece over MAX_KEY_BYTES is arbitrary."""
+    """Return the keys of pieces in `HashTable`: two words [n] each.
+
+    The key of a piece of more than MAX_KEY_BYTES bytes is arbitrary.
+
+    Args:
+        uint64s: `sliding_uint64` of the data that contains the pieces.
+        begin: the offset [n] in the data of each piece.
+        length: the length [n] of each piece in bytes.
+    """
     low = uint64s.take(begin, mode="clip")
     low &= _MASKS[0].take(length, mode="clip")
     high = uint64s[8:].take(begin, mode="clip")
@@ -274,7 +285,7 @@ class _PairTable:
     Attributes:
         byte_ids: [256], the id of each byte.
         byte_ranks: [256 * 256], the rank of each pair of bytes, or `_NO_MERGE`.
-        merged_ids: the merged token of a pair, by rank.
+        merged_ids: [ranks], the id of the token that the pair of each rank is merged to.
     """
 
     def __init__(self, vocab: Vocab):
@@ -456,7 +467,14 @@ class FastDecoder:
 def _split_into_blocks(
     texts: Sequence[str], find_cut: Callable[[str, int], int | None]
 ) -> Iterator[list[tuple[list[int], list[str]]]]:
-    """Yield blocks of chunks: a chunk is a list of text indices and the parts of these texts."""
+    """Yield blocks of about BLOCK_CHARS characters: lists of chunks of about CHUNK_CHARS.
+
+    A chunk is (text indices, parts): parts of texts, and the index of the text of each.
+
+    Args:
+        texts: the texts.
+        find_cut: function that returns a position, from a given one on, at which a text can be cut.
+    """
     block: list[tuple[list[int], list[str]]] = []
     indices: list[int] = []
     parts: list[str] = []
@@ -480,7 +498,7 @@ def _split_into_blocks(
 
 
 def _split_at_safe_cuts(text: str, find_cut: Callable[[str, int], int | None]) -> Iterator[str]:
-    """Yield parts of about CHUNK_CHARS characters that can be pretokenized separately."""
+    """Yield the parts of a text, about CHUNK_CHARS characters each, to pretokenize separately."""
     begin = 0
     while len(text) - begin > CHUNK_CHARS:
         if (end := find_cut(text, begin + CHUNK_CHARS)) is None:

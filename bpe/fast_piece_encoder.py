@@ -28,12 +28,12 @@ class PieceModel(Protocol):
 
     @property
     def vocab(self) -> Vocab | None:
-        """The byte-level vocabulary whose merges `encode_batch` applies, if any."""
+        """The byte-level vocabulary whose merges `encode_batch` applies; None for Unigram."""
         ...
 
     @property
     def pieces(self) -> Mapping[str, int]:
-        """Token to id."""
+        """The dictionary from token to id."""
         ...
 
     def encode(self, segment: str) -> list[int]:
@@ -46,7 +46,7 @@ class PieceModel(Protocol):
 
 
 class FastPieceEncoder(FastEncoder):
-    """A `FastEncoder` for a vocabulary of characters (SentencePiece) instead of bytes."""
+    """A `FastEncoder` whose vocabulary has tokens of characters (SentencePiece), not of bytes."""
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class PieceOffsets(NamedTuple):
 
 
 def pretokenize_batch(pattern: str, texts: Sequence[str]) -> PieceOffsets:
-    """Split several texts into pieces with array operations.
+    """Split several texts with array operations, and return the offsets of their pieces.
 
     Args:
         pattern: a key of `FAST_PATTERNS`.
@@ -84,13 +84,13 @@ def pretokenize_batch(pattern: str, texts: Sequence[str]) -> PieceOffsets:
 
 
 def to_byte_offsets(data: bytes, offsets: Ints, separators: Ints, num_chars: int) -> PieceOffsets:
-    """Convert the offsets of pieces from characters to bytes of UTF-8.
+    """Return `PieceOffsets`, in bytes of UTF-8, from offsets in characters.
 
     Args:
-        data: as in `PieceOffsets`.
-        offsets: the offset in characters of each piece and separator.
+        data: the texts in UTF-8, with a separator byte before, between and after them.
+        offsets: the offset in characters of each piece and of each separator.
         separators: the offset in characters of each separator.
-        num_chars: the number of characters of `data`.
+        num_chars: the number of characters of `data`, separators included.
     """
     if len(separators) > 2:
         indices = np.searchsorted(offsets, separators)
@@ -106,8 +106,9 @@ def gpt2(classes: Classes, codes: CodePoints, *, individual_digits: bool = False
     """Find the starts of the pieces of `pretokenize.GPT2`, or of `SMOLLM`.
 
     Args:
-        classes: [n], END at both ends and between texts; newlines are BLANK here.
-        codes: [n], the characters.
+        classes: [n], the class of each character; END for the separators before, between and after
+            texts. Newlines have the class BLANK here.
+        codes: [n], the code points of the characters.
         individual_digits: whether every digit is a piece, as in `SMOLLM`.
 
     Returns:
@@ -139,8 +140,9 @@ def cl100k(
     """Find the starts of the pieces of `pretokenize.CL100K`, `LLAMA3` or `QWEN2`.
 
     Args:
-        classes: [n], END at both ends and between texts.
-        codes: [n], the characters.
+        classes: [n], the class of each character; END for the separators before, between and after
+            texts.
+        codes: [n], the code points of the characters.
         max_digits: the maximum number of digits in a piece: 3, or 1 for Qwen2.
         join_trailing_whitespace: whether whitespace at the end of a text, including newlines, is
             one piece.
@@ -166,8 +168,9 @@ def o200k(classes: Classes, codes: CodePoints) -> Bools | None:
     contractions. Slashes may occur among the newlines after symbols.
 
     Args:
-        classes: [n], END at both ends and between texts.
-        codes: [n], the characters.
+        classes: [n], the class of each character; END for the separators before, between and after
+            texts. Modified.
+        codes: [n], the code points of the characters.
 
     Returns:
         [n], True where a piece begins. None if a text has both marks among symbols and slashes
@@ -227,12 +230,15 @@ def _whitespace(
 
 
 def _attach_leading_character(start: Bools, classes: Classes, other: Bools) -> None:
-    r"""Apply `[^\r\n\p{L}\p{N}]?\p{L}+`: a word takes a blank, or a symbol that starts a piece."""
+    r"""Apply `[^\r\n\p{L}\p{N}]?\p{L}+` to `start`: clear the starts of words after a blank.
+
+    A word after a symbol that starts a piece does not start a piece either.
+    """
     _clear(start, (classes == WORD) & _previous_items((classes == BLANK) | (other & start)))
 
 
 def _digits(start: Bools, number: Bools, max_digits: int) -> None:
-    r"""Apply `\p{N}{1,max_digits}`."""
+    r"""Apply `\p{N}{1,max_digits}`: set `start` within runs of more than `max_digits` digits."""
     if max_digits == 1:
         start |= number
         return
@@ -381,11 +387,11 @@ class FastPattern(NamedTuple):
     """The implementation of a split pattern with arrays.
 
     Attributes:
-        kind_classes: the classes that this pattern assigns to LOWER, UPPER, CASELESS, MARK, NUMBER,
-            OTHER, BLANK and NEWLINE, in this order; a pattern that ignores case assigns WORD to
-            the first three.
-        find_starts: function of classes [n] and characters [n] that returns a mask [n], True where
-            a piece begins, or None if the regex engine is needed.
+        kind_classes: the character classes that the pattern uses for LOWER, UPPER, CASELESS, MARK,
+            NUMBER, OTHER, BLANK and NEWLINE, in this order; a pattern that ignores case uses WORD
+            for the first three.
+        find_starts: function of character classes [n] and code points [n] that returns a mask [n],
+            True where a piece begins, or None if the regex engine is needed.
     """
 
     kind_classes: tuple[int, ...]

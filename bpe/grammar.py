@@ -32,35 +32,35 @@ import numpy as np
 
 @dataclass(frozen=True)
 class OneOf:
-    """One byte out of a set. `NOTHING`, the empty language, has an empty set."""
+    """One byte of a set. `NOTHING`, the empty language, has an empty set."""
 
     values: frozenset[int]
 
 
 @dataclass(frozen=True)
 class Concat:
-    """The parts one after the other. `EMPTY`, the language of the empty text, has no parts."""
+    """The concatenation of expressions. `EMPTY`, the language of the empty text, has no parts."""
 
     parts: tuple[Expression, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Any of the alternatives."""
+    """The union of expressions: a text matches one or more of the alternatives."""
 
     alternatives: frozenset[Expression]
 
 
 @dataclass(frozen=True)
 class Star:
-    """Any number of repetitions of a part that is not empty."""
+    """Zero or more repetitions of `part`, whose language must not have the empty text."""
 
     part: Expression
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of `JSON_RULES`."""
+    """A reference to the expression `JSON_RULES[name]`, so that expressions can be recursive."""
 
     name: str
 
@@ -70,7 +70,7 @@ NOTHING, EMPTY = OneOf(frozenset()), Concat(())
 
 
 def concat(*parts: Expression) -> Expression:
-    """Return the sequence of some expressions, simplified."""
+    """Return the concatenation of some expressions, simplified."""
     flat: list[Expression] = []
     for part in parts:
         if part == NOTHING:
@@ -89,7 +89,7 @@ def choice(*alternatives: Expression) -> Expression:
 
 
 def optional(part: Expression) -> Expression:
-    """Return the expression for a part or nothing."""
+    """Return the expression for `part` or the empty text."""
     return choice(part, EMPTY)
 
 
@@ -99,7 +99,7 @@ def literal(text: str) -> Expression:
 
 
 def is_nullable(expression: Expression) -> bool:
-    """Whether the empty text belongs to the language, so that a text can end here."""
+    """Whether the empty text matches the expression, so that a text can end here."""
     match expression:
         case Concat(parts):
             return all(is_nullable(part) for part in parts)
@@ -112,7 +112,7 @@ def is_nullable(expression: Expression) -> bool:
 
 @functools.lru_cache(2**16)
 def derivative(expression: Expression, byte: int) -> Expression:
-    """Return what can follow a byte."""
+    """Return the expression for all that can follow `byte` in texts that match `expression`."""
     match expression:
         case OneOf(values):
             return EMPTY if byte in values else NOTHING
@@ -136,10 +136,10 @@ def derivative(expression: Expression, byte: int) -> Expression:
 
 
 class Matcher:
-    """The state of a grammar in one text; a `transformer.engine.GrammarMatcher`.
+    """The state of a grammar after the tokens of one text (`transformer.engine.GrammarMatcher`).
 
     Args:
-        expression: the language.
+        expression: the expression that the whole text must match.
         vocabulary: the bytes of each token, by id; empty for ids that stand for no text.
     """
 
@@ -165,20 +165,26 @@ class Matcher:
         ]
 
     def token_bitmask(self) -> np.ndarray:
-        """Return `allowed_tokens` as bits, uint32 [ceil(V/32)], the lowest bit first."""
+        """Return the allowed tokens as bits, uint32 [ceil(V/32)]: bit i % 32 of word i // 32."""
         is_allowed = np.zeros(-(-len(self.vocabulary) // 32) * 32, bool)
         is_allowed[self.allowed_tokens()] = True
         return np.packbits(is_allowed, bitorder="little").view(np.uint32)
 
     def accept(self, token: int) -> None:
-        """Advance by a token.
+        """Append a token to the text.
+
+        Args:
+            token: the id of the token.
 
         Raises:
-            ValueError: the token is not allowed.
+            ValueError: the token is not in `allowed_tokens`.
         """
         state = self._after(self.vocabulary[token])
         if state == NOTHING:
-            raise ValueError(f"token {token}, {self.vocabulary[token]!r}, is not allowed here")
+            raise ValueError(
+                f"the grammar does not allow token {token}, {self.vocabulary[token]!r}, after the "
+                "tokens before it"
+            )
         self.state = state
 
     def _after(self, token: bytes) -> Expression:
@@ -209,7 +215,7 @@ def characters(*ranges: tuple[int, int]) -> Expression:
 
 
 def all_except(*ranges: tuple[int, int]) -> Expression:
-    """Return the expression for one character outside all ranges."""
+    """Return the expression for one character outside all ranges; see `characters`."""
     gaps, start = [], 0
     for low, high in sorted(ranges):
         gaps.append((start, low - 1))
@@ -218,7 +224,7 @@ def all_except(*ranges: tuple[int, int]) -> Expression:
 
 
 def _byte_strings(low: bytes, high: bytes) -> Expression:
-    """Return the expression for all characters between two whose UTF-8 has the same length."""
+    """Return the expression for one character from `low` to `high`, of the same length in UTF-8."""
     (first, *_), (last, *_) = low, high
     if len(low) == 1:
         return OneOf(frozenset(range(first, last + 1)))
@@ -248,7 +254,7 @@ def parse_regex(pattern: str) -> Expression:
     the counts ``* + ? {m} {m,} {m,n}``.
 
     Raises:
-        ValueError: the pattern has an error or something else.
+        ValueError: the pattern has a syntax error, or syntax that is not supported.
     """
     expression, end = _parse_choice(pattern, 0)
     if end < len(pattern):
@@ -276,7 +282,7 @@ def _parse_item(pattern: str, at: int) -> tuple[Expression, int]:
             start = at + 3 if pattern.startswith("(?:", at) else at + 1
             expression, at = _parse_choice(pattern, start)
             if pattern[at : at + 1] != ")":
-                raise ValueError(f"a group of {pattern!r} is not closed")
+                raise ValueError(f"a group in {pattern!r} is not closed")
             return expression, at + 1
         case "[":
             return _parse_set(pattern, at + 1)
@@ -302,7 +308,7 @@ def _parse_set(pattern: str, at: int) -> tuple[Expression, int]:
 
 
 def _parse_character(pattern: str, at: int) -> tuple[list[tuple[int, int]], int]:
-    """Return the ranges of a character or of a class, and the next position."""
+    r"""Parse a character or a class such as ``\d``; return its ranges and the next position."""
     if at == len(pattern):
         raise ValueError(f"{pattern!r} ends within a set or after a backslash")
     if pattern[at] != "\\":
@@ -311,13 +317,17 @@ def _parse_character(pattern: str, at: int) -> tuple[list[tuple[int, int]], int]
     if letter in _CLASSES:
         return _CLASSES[letter], at + 2
     if not letter or (letter.isalnum() and letter not in _ESCAPES):
-        raise ValueError(f"the escape {pattern[at : at + 2]!r} of {pattern!r} is not supported")
+        raise ValueError(f"the escape {pattern[at : at + 2]!r} in {pattern!r} is not supported")
     code = ord(_ESCAPES.get(letter, letter))
     return [(code, code)], at + 2
 
 
 def _parse_count(pattern: str, at: int, part: Expression) -> tuple[Expression, int]:
-    """Return a part with the count that follows it, if any."""
+    """Parse a count such as ``*`` or ``{2,3}`` if `pattern` has one at position `at`.
+
+    Returns:
+        The expression `part`, repeated as the count says; and the next position.
+    """
     found = re.compile(r"[*+?]|\{(\d+)(,?)(\d*)\}").match(pattern, at)
     if found is None:
         return part, at
@@ -331,7 +341,7 @@ def _parse_count(pattern: str, at: int, part: Expression) -> tuple[Expression, i
 
 
 def repeat(part: Expression, minimum: int, maximum: int | None) -> Expression:
-    """Return the expression for `minimum` to `maximum` repetitions; None for any number."""
+    """Return the expression for `minimum` to `maximum` repetitions; None: without a maximum."""
     if maximum is None:
         return concat(*[part] * minimum, Star(part))
     tail = EMPTY
@@ -344,7 +354,7 @@ def repeat(part: Expression, minimum: int, maximum: int | None) -> Expression:
 
 
 def _list_of(item: Expression) -> Expression:
-    """Return the expression for items separated by a comma and a space, or for nothing."""
+    """Return the expression for zero or more items, separated by a comma and a space."""
     return optional(concat(item, Star(concat(literal(", "), item))))
 
 

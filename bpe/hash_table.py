@@ -41,10 +41,13 @@ class GrowableArray:
 
 
 class HashTable:
-    """A hash table from keys to their numbers 0, 1, ..., with one or two 64-bit words per key."""
+    """A hash table that numbers keys 0, 1, ... in the order in which they are added.
+
+    A key is one or two 64-bit words.
+    """
 
     def __init__(self, *, words_per_key: int):
-        """Create an empty table for keys of `words_per_key` numbers, 1 or 2."""
+        """Create an empty table for keys of `words_per_key` words, 1 or 2."""
         # The words of a key are adjacent, so that a lookup causes one cache miss.
         self._keys = GrowableArray(np.uint64, words_per_key)
         self._bits = 1  # there are 2^bits slots
@@ -52,10 +55,10 @@ class HashTable:
         self._overflow: dict[tuple[int, ...], int] = {}  # keys without a slot
 
     def find(self, *keys: Uint64s) -> Ints:
-        """Return the number of each key [n], -1 for missing keys.
+        """Return the numbers [n] of keys, -1 for a key that is not in the table.
 
         Args:
-            keys: one array [n] for each word of a key.
+            keys: an array [n] with the first word of each key, and one with the second if any.
         """
         slot = self._slot(keys)
         number = self._slots.take(slot, mode="clip").astype(np.intp)
@@ -74,7 +77,7 @@ class HashTable:
         """Add keys, which must differ from each other and from the keys in the table.
 
         Args:
-            keys: one array [n] for each word of a key.
+            keys: as in `find`.
         """
         size = self._keys.size + len(keys[0])
         number = np.arange(self._keys.size, size)
@@ -102,7 +105,10 @@ class HashTable:
         return total.view(np.intp)
 
     def _mismatches(self, number: Ints, keys: tuple[Uint64s, ...]) -> Ints:
-        """Return the indices at which `number`, a slot's content, belongs to a different key."""
+        """Return the indices at which `number` is the number of another key than that in `keys`.
+
+        Free slots (number -1) do not count.
+        """
         differs = number >= 0
         equal = [stored == key for stored, key in zip(self._keys.take(number).T, keys, strict=True)]
         differs &= ~functools.reduce(operator.and_, equal)
@@ -113,16 +119,20 @@ _FACTORS = np.array([0x9E3779B97F4A7C15, 0xD1B54A32D192ED03], np.uint64)  # any 
 
 
 def sliding_uint64(data: bytes) -> Uint64s:
-    """Return the 8 bytes from each offset as a little-endian number [len(data) + 9] (uint64).
+    """Return, for each offset in `data`, the next 8 bytes as a little-endian number (uint64).
 
-    The data is padded with zeros.
+    Zeros follow the data. The array has len(data) + 9 items, so that offsets up to 8 bytes after
+    the end are valid.
     """
     shifted = np.ndarray(len(data) + 9, "<u8", data + bytes(16), strides=(1,))
     return np.ascontiguousarray(shifted, np.uint64)
 
 
 def concat_ranges(first: Ints, count: Ints) -> Ints:
-    """Return concatenated ranges: first [5, 2] and count [2, 3] give 5 6 2 3 4."""
+    """Return the concatenated ranges of `count` integers from `first`.
+
+    For example, first [5, 2] and count [2, 3] give [5, 6, 2, 3, 4].
+    """
     shift = first + count
     shift -= np.cumsum(count)
     indices = np.repeat(shift, count)

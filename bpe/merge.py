@@ -31,7 +31,8 @@ def merge(piece: bytes, rank: RankFunction) -> list[bytes]:
 
     Args:
         piece: the bytes of the piece.
-        rank: the rank of two adjacent tokens.
+        rank: function that returns the rank of two adjacent tokens, `NO_MERGE` if they cannot be
+            merged.
     """
     # Measured on CPython 3.11 with words of a text: the list is faster up to about 40 bytes, and
     # equally fast up to 64; at 1024 bytes the heap is 8 times as fast.

@@ -75,7 +75,7 @@ class SentencePieceNormalizer:
 
     Attributes:
         charsmap: the replacements of characters, or None.
-        kept: texts that the charsmap does not change, because they are user-defined tokens.
+        kept: the user-defined tokens, which the charsmap does not change.
         add_dummy_prefix: whether to put a space before a text.
         after_tokens: whether `add_dummy_prefix` also applies to a text after an added token.
         remove_extra_whitespaces: whether to remove spaces at both ends, and all but one of
@@ -199,7 +199,7 @@ _NMT = {code: None for code in [*range(1, 9), 0xB, *range(0xE, 0x20), 0x7F, 0x8F
 
 @dataclass(frozen=True)
 class JoinWords:
-    """Replace whitespace by one space before every word: WhitespaceSplit, then Metaspace."""
+    """Put one space before every word and remove other whitespace (WhitespaceSplit, Metaspace)."""
 
     def __call__(self, text: str, position: str) -> str:
         """Return the normalized text."""

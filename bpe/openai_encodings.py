@@ -44,8 +44,8 @@ class EncodingSpec:
         file: the name of the file in data/, without its suffix.
         num_tokens: the number of tokens to take from the beginning of the file.
         special_tokens: text to id.
-        skipped_rank: the rank that no ordinary token has, because a special token has this id; or
-            None.
+        skipped_rank: the rank below `num_tokens` that no ordinary token has, because it is the id
+            of a special token; None if there is no such rank.
     """
 
     pattern: str

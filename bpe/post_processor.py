@@ -20,7 +20,7 @@ class Slot:
     Attributes:
         ids: the ids of the special tokens; empty for a text.
         text: "A" for the first text, "B" for the second, None for special tokens.
-        type_id: the type of the tokens of this part.
+        type_id: the token type id (`token_type_ids` of BERT) of the tokens of this part.
     """
 
     ids: tuple[int, ...]
@@ -37,7 +37,7 @@ class PostProcessor:
         pair: the template of a pair: a slot for "A", a later slot for "B", and special tokens.
 
     Raises:
-        ValueError: if a template lacks a text, or has one twice.
+        ValueError: if a template lacks one of its texts, or has a text twice.
     """
 
     single: tuple[Slot, ...] = (Slot((), "A"),)
@@ -47,7 +47,10 @@ class PostProcessor:
         for template, texts in ((self.single, ["A"]), (self.pair, ["A", "B"])):
             slot_texts = [slot.text for slot in template if slot.text is not None]
             if slot_texts != texts:
-                raise ValueError(f"expected a template with the texts {texts}, got {slot_texts}")
+                raise ValueError(
+                    f"expected a template with slots for the texts {texts}, in this order, got "
+                    f"slots for {slot_texts}"
+                )
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -79,7 +82,7 @@ class PostProcessor:
     def process_pair(
         self, first: Sequence[int], second: Sequence[int], max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
-        """Return the ids of a pair of texts with special tokens, and the type of each token.
+        """Return the ids of a pair of texts with special tokens, and their token type ids.
 
         Args:
             first: the ids of the first text.

@@ -74,9 +74,9 @@ class _Meter:
     def spend(self, size: int) -> None:
         self._remaining -= size
         if self._remaining < 0:
-            raise ValueError(f"its values have more than {MAX_TOTAL} characters in total")
+            raise ValueError(f"the values in it have more than {MAX_TOTAL} characters in total")
         if time.thread_time() > self._deadline:
-            raise ValueError(f"it took more than {MAX_SECONDS:g} s")
+            raise ValueError(f"rendering took more than {MAX_SECONDS:g} s")
 
 
 # A context variable, because several threads can render with one environment.
@@ -140,7 +140,7 @@ def _check_size(total: int) -> None:
 
 
 def _concat(parts: Iterable[str]) -> str:
-    """Join the output of a macro or of a `set` block."""
+    """Join the parts of the output of a macro or of a `set` block, and meter the result."""
     parts = list(parts)
     _check_size(sum(map(len, parts)))
     result = "".join(parts)
@@ -297,7 +297,8 @@ def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
 class GenerationTag(Extension):
     """The tag `{% generation %}...{% endgeneration %}`, which marks text that the model generates.
 
-    The content is rendered between the two characters in the variable `generation_marks`, if set.
+    The content is rendered, with the first character of the template variable `generation_marks`
+    before it and the second one after it if the variable is set.
     """
 
     tags = {"generation"}
@@ -371,19 +372,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Return a version of `str.format` that only inserts its arguments; else None."""
+        """If `value` is the `format` method of a string, return a safe replacement, else None.
+
+        The replacement only inserts the arguments into the string; see `_format`.
+        """
         text = getattr(value, "__self__", None)
         if getattr(value, "__name__", "") != "format" or not isinstance(text, str):
             return None
         return functools.partial(_format, text)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Return an item or attribute, and check the time."""
+        """Return the item or attribute `argument` of an object, and check the time."""
         spend(None)  # filters look up attributes in loops that are not metered otherwise
         return super().getitem(obj, argument)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function and meter its result; check the size of `replace` and `join` first."""
+        """Call a function and meter its result.
+
+        The size of the results of `str.replace` and `str.join` is checked before the call.
+        """
         if obj is spend:
             return spend(*args)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")

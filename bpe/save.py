@@ -30,7 +30,7 @@ def save(encoding: Encoding, path: str | Path) -> None:
         path: the file to write; an existing file is replaced.
 
     Raises:
-        ValueError: if the suffix is neither, or the format cannot represent this encoding.
+        ValueError: if the suffix is another one, or the format cannot represent this encoding.
     """
     path = Path(path)
     check_output_path(path)

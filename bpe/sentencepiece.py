@@ -38,8 +38,8 @@ PreTokenizer = Callable[[str], list[str]]
 class SentencePiece(Encoding):
     """A vocabulary of characters, with the interface of `Encoding`.
 
-    `ranks` has the ids of the ordinary tokens and the bytes, which are not ranks of merges.
-    `patterns` is empty.
+    The attribute `ranks` maps the ordinary tokens and the bytes to ids, which are not the ranks of
+    merges as in a byte-level vocabulary. The attribute `patterns` is empty.
 
     Attributes:
         model: the model that encodes segments: `CharacterBpe` or `Unigram`.
@@ -118,7 +118,7 @@ class SentencePiece(Encoding):
     # Encoding
 
     def normalize(self, text: str) -> str:
-        """Return the normalized form of a whole text, without its added tokens."""
+        """Return a whole text, normalized and with its added tokens left out."""
         return "".join(item for item in self._items(text, frozenset()) if isinstance(item, str))
 
     def _splitter(self, allowed: AbstractSet[str], normalized: bool = False) -> TokenSplitter:

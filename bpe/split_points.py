@@ -28,7 +28,7 @@ _MAX_CACHED_PAIRS = 1 << 16
 
 
 def _utf8_length(lead_byte: int) -> int:
-    """Return the length in bytes of a character of U+3000 to U+3FFFF."""
+    """Return the length in bytes of a character of U+3000 to U+3FFFF from its first byte."""
     return 4 if lead_byte >= 0xF0 else 3
 
 
@@ -56,7 +56,7 @@ def adjacent_characters(tokens: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]
 
 
 class SplitPoints:
-    """The split points of one vocabulary."""
+    """Finds the split points of texts: positions that no token of a vocabulary can cross."""
 
     def __init__(self, vocab: Vocab):
         """Collect the adjacent characters of all tokens of `vocab`."""
@@ -128,7 +128,10 @@ class SplitPoints:
 
     @functools.cached_property
     def _lookup_arrays(self) -> tuple[HashTable, npt.NDArray[np.bool_]]:
-        """The adjacent pairs as a table of keys, and the partial pairs as an array [65536]."""
+        """The complete pairs of `adjacent_characters` as a table, the others as a mask [65536].
+
+        Both are indexed by the bytes of a pair as a little-endian number.
+        """
         adjacent_pairs = HashTable(words_per_key=1)
         keys = [int.from_bytes(both, "little") for both in self._adjacent_pairs]
         adjacent_pairs.add(np.array(keys, np.uint64))

@@ -134,7 +134,10 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def _drop_texts(where: str, value: Any) -> tuple[str, list[Any]]:
-    """Return a declaration without strings: "2" might be an id or the text of a token."""
+    """Return (file and key, ids) without the strings of `value`, and log them.
+
+    A string such as "2" might be an id or the text of a token.
+    """
     items = value if isinstance(value, list) else [value]
     for text in (item for item in items if isinstance(item, str)):
         warn_once(log, f"{where}: expected an id (an integer), got the string {text!r}; ignored")

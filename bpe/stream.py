@@ -52,7 +52,7 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """End the text: return U+FFFD if the last character is incomplete, else nothing."""
+        """End the text: return U+FFFD if the last character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -104,7 +104,7 @@ class StopMatcher:
         return text[:safe], False
 
     def flush(self) -> str:
-        """End the text: return the buffered text, the beginning of an incomplete stop string."""
+        """End the text: return the buffered text, which could have begun a stop string."""
         text, self._buffer = self._buffer, ""
         return text
 

@@ -114,7 +114,7 @@ def count_pieces(
         texts: the texts; no piece spans two of them.
         pattern: the split pattern, or several to apply in turn.
         special_tokens: the tokens at which texts are split; they are not counted.
-        progress: called about every million pieces.
+        progress: called about every million pieces, see `Progress`.
     """
     patterns = [compile_pattern(p) for p in ([pattern] if isinstance(pattern, str) else pattern)]
     special = special_token_regex(frozenset(special_tokens)) if special_tokens else None

@@ -50,7 +50,7 @@ def count_pieces(
         texts: the texts; no piece spans two of them.
         pattern: the split pattern, or several to apply in turn.
         special_tokens: the tokens at which texts are split; they are not counted.
-        progress: called every few million characters.
+        progress: called every few million characters, see `train.Progress`.
     """
     if not isinstance(pattern, str) and len(pattern) == 1:
         pattern = pattern[0]
@@ -110,7 +110,7 @@ def learn_merges(
         counts: piece to count.
         num_merges: the maximum number of merges.
         min_frequency: the minimum count of a pair to be merged.
-        progress: called every 256 merges.
+        progress: called every 256 merges, see `train.Progress`.
 
     Returns:
         Pairs of ids. Ids up to 255 are bytes, in `BYTE_ORDER`; merge i makes the id 256 + i.
@@ -122,7 +122,7 @@ def learn_merges(
     heap: list[int] = []  # of (-count, pair), as one integer
 
     def add_pairs(pairs: NDArray[np.int64], positions: NDArray[np.int32]) -> None:
-        """Record pairs [n] and the positions [n] of their left tokens, which are sorted."""
+        """Add pairs [n], found at ascending positions [n] of their left tokens, to the heap."""
         order = np.argsort(pairs, kind="stable")
         pairs, positions = pairs[order], positions[order]
         starts = np.flatnonzero(np.diff(pairs, prepend=-1))
@@ -185,9 +185,10 @@ def learn_merges(
 
 
 def _token_array(counts: Mapping[bytes, int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Return the token ids of all pieces, with gaps around each piece, and its count per position.
+    """Return the token ids of all pieces in one array, and the count of the piece at each position.
 
-    Both arrays have the shape [positions].
+    Both arrays have the shape [positions]. A position without a token is before and after each
+    piece.
     """
     length = np.fromiter(map(len, counts), np.int64, len(counts))
     piece = np.repeat(np.arange(len(counts)), length)  # the index of the piece of each byte
@@ -201,7 +202,10 @@ def _token_array(counts: Mapping[bytes, int]) -> tuple[NDArray[np.int32], NDArra
 
 
 def _every_other(positions: NDArray[np.int32], after: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return every other position of each run such as "aaaa", so that the pairs do not overlap."""
+    """Return the positions of pairs without those that overlap, as in "aaaa".
+
+    Of a run of overlapping pairs, every other position is kept, beginning with the first.
+    """
     index = np.arange(len(positions))
     begins_run = np.ones(len(positions), bool)
     begins_run[1:] = after[positions[:-1]] != positions[1:]

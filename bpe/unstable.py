@@ -24,7 +24,9 @@ def completions(
     encode: Callable[[list[str]], list[list[int]]],
     decode: Callable[[int], bytes],
 ) -> set[tuple[int, ...]]:
-    """Return all sequences of ids whose bytes begin with `prefix`; only the last id may exceed it.
+    """Return all sequences of ids whose bytes begin with `prefix`.
+
+    The bytes of a sequence without its last id are shorter than `prefix`.
 
     Args:
         vocab: the vocabulary.

@@ -171,7 +171,7 @@ class WordPiece:
             allowed_special: as in `encode`.
 
         Returns:
-            The ids, and the type of each: 0 up to the first [SEP], 1 after it.
+            The ids, and the token type id of each: 0 up to the first [SEP], 1 after it.
 
         Raises:
             ValueError: if `max_length` is too small for the three special tokens.

@@ -17,7 +17,7 @@ DATA_DIR = Path(__file__).parent
 
 
 def main(package: Path) -> None:
-    """Write the packed vocabularies of an unpacked npm package."""
+    """Write the vocabularies of an unpacked npm package js-tiktoken to this folder, compressed."""
     for name in ("p50k_base", "cl100k_base", "o200k_base"):
         source = (package / "dist" / "ranks" / f"{name}.js").read_text()
         content = json.loads(source.removeprefix("export default ").rstrip().rstrip(";"))

@@ -37,8 +37,8 @@ def load(path: str | Path) -> Tokenizer:
 
     Args:
         path: a `.gguf` file, a `.tiktoken` file of OpenAI, a `tokenizer.json`, a `tokenizer.model`
-            of SentencePiece, or a Hugging Face folder (one of the last two files,
-            `tokenizer_config.json`, chat templates).
+            of SentencePiece, or a Hugging Face folder (with a `tokenizer.json` or
+            `tokenizer.model`, `tokenizer_config.json` and chat templates).
 
     Raises:
         FileNotFoundError: if `path` does not exist, or the folder has no tokenizer.

@@ -20,7 +20,7 @@ def load_wordpiece(path: str | Path) -> WordPiece:
             `tokenizer_config.json` in the same folder.
 
     Raises:
-        FileNotFoundError: if the file does not exist, or the folder has neither of them.
+        FileNotFoundError: if the file does not exist, or the folder has neither file.
         ValueError: if a file is damaged or has an unsupported setting.
     """
     path = Path(path)

@@ -65,12 +65,11 @@ Flags = Mapping[int, Mapping[str, bool]]  # id of an added token to its flags, a
 
 
 class _Kind(NamedTuple):
-    """The reader of the vocabularies with one value of `tokenizer.ggml.model`.
+    """How to read the vocabularies that have one value of `tokenizer.ggml.model`, such as "llama".
 
     Attributes:
-        read: function of metadata, tokens, token types, flags of tokens by id, name of the
-            encoding, and name of the file that returns the encoding, and the default of
-            `add_bos_token`.
+        read: function (metadata, tokens, token types, flags of tokens by id, name of the encoding,
+            name of the file) -> (encoding, default of `add_bos_token`).
         settings: the keys of `_NEUTRAL` that `read` supports.
         add_eos: the default of `add_eos_token`.
     """
@@ -272,7 +271,10 @@ def _read_sentencepiece(
     *,
     model_type: int,
 ) -> tuple[Encoding, bool]:
-    """Read a SentencePiece vocabulary with scores; space-prefix defaults are those of llama.cpp."""
+    """Return the encoding of a SentencePiece vocabulary with scores, and whether to add BOS.
+
+    The default of `add_space_prefix` is that of llama.cpp.
+    """
     scores = [float(score) for score in get_array(meta, _GGML + "scores", source)]
     if len(scores) != len(tokens):
         raise ValueError(

@@ -15,7 +15,7 @@ from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 
 
 class PreTokenizer(NamedTuple):
-    """The settings of a pre-tokenizer name.
+    """The settings that one value of `tokenizer.ggml.pre` stands for.
 
     Attributes:
         patterns: the split patterns, applied in turn.

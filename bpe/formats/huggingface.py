@@ -300,10 +300,11 @@ def _from_tokenizer_json(
 def _tokens_around(
     spec: Any, where: str, vocab: Mapping[str, int]
 ) -> tuple[str | None, str | None]:
-    """Return the token that the post-processor adds before a text, and the one after it, or None.
+    """Return the tokens that a post-processor adds before and after a text; None for no token.
 
     Raises:
-        ValueError: if it adds several tokens, or a token that is not in `vocab`.
+        ValueError: if the post-processor adds several tokens on one side of the text, or a token
+            that is not in `vocab`.
     """
     processor = read_post_processor(spec, where, vocab)
     tokens: list[str | None] = []
@@ -311,15 +312,17 @@ def _tokens_around(
         names = [token for token, id in vocab.items() if ids == (id,)]
         if bool(ids) != bool(names):
             raise ValueError(
-                f"{where}: expected at most one token of the vocabulary before a text, and one "
-                f"after it, got {short_repr(spec)}"
+                f"{where}: expected at most one token of the vocabulary before a text, and at most "
+                f"one after the text, got {short_repr(spec)}"
             )
         tokens.append(names[0] if names else None)
     return tokens[0], tokens[1]
 
 
 def _read_vocab(model: Mapping[str, Any], where: str) -> dict[str, int]:
-    """Return token to id from a BPE vocabulary, or a Unigram vocabulary, a list of [token, score].
+    """Return token to id from the vocabulary of a BPE or Unigram model.
+
+    A Unigram vocabulary is a list of [token, score], and the id of a token is its index.
 
     Raises:
         ValueError: if an item of the vocabulary is invalid.
@@ -413,7 +416,7 @@ def _sentencepiece(
     added: Sequence[AddedToken],
     merges: Sequence[Any],
 ) -> SentencePiece:
-    """Build an encoding of characters: BPE with byte fallback or Metaspace, or Unigram."""
+    """Build the encoding of a vocabulary of characters: a Unigram model, or BPE on characters."""
     from bpe.sentencepiece import SentencePiece  # loads NumPy
 
     model, where = spec["model"], f"{path}: model"

@@ -61,10 +61,10 @@ def byte_level_normalization(spec: Any, where: str) -> Literal["NFC"] | None:
 
 
 def split_patterns(spec: Any, where: str) -> str | list[str]:
-    """Return the split patterns that are equivalent to the pre-tokenizers of a byte-level file.
+    """Return the split patterns that are equivalent to the `pre_tokenizer` of a byte-level BPE.
 
     Raises:
-        ValueError: if a step is not supported, or the last one is not ByteLevel.
+        ValueError: if a step is not supported, or the last step is not ByteLevel.
     """
     steps = steps_of(spec, "pretokenizers", where)
     patterns: list[str] = []
@@ -109,7 +109,7 @@ class SplitRule:
         behavior: how a match is treated: "Isolated" (it is a piece), "Removed",
             "MergedWithPrevious", "MergedWithNext", or "Contiguous" (adjacent matches are one
             piece).
-        invert: whether to treat the text between matches as the matches.
+        invert: whether `behavior` applies to the texts between matches instead of the matches.
     """
 
     pattern: str
@@ -117,7 +117,7 @@ class SplitRule:
     invert: bool = False
 
     def __call__(self, text: str) -> list[str]:
-        """Return the pieces of a text."""
+        """Return the pre-tokens of a text in order, without removed text."""
         spans = find_all(compile_pattern(self.pattern), text)
         parts: list[tuple[str, bool]] = []  # text, whether it is a match
         end = 0
@@ -190,12 +190,14 @@ def _split_rule(step: Mapping[str, Any], where: str) -> SplitRule:
 class PreTokenizers:
     """A sequence of split rules with an optional Metaspace between them.
 
-    Input and output have spaces as spaces; `after` is applied to pieces with spaces as U+2581.
+    The text and the resulting pre-tokens contain ordinary spaces. Only the rules of `after` see
+    U+2581 instead of spaces.
 
     Attributes:
         before: the rules before Metaspace, which are applied to texts with spaces.
         after: the rules after Metaspace, which are applied to texts with U+2581 for a space.
-        prefix: whether a space is put before every piece of `before` that begins with none.
+        prefix: whether a space is put before each pre-token of `before` that does not begin with
+            one.
         split_before_space: whether to split before every space.
     """
 
@@ -205,7 +207,7 @@ class PreTokenizers:
     split_before_space: bool = False
 
     def __call__(self, text: str) -> list[str]:
-        """Return the pieces of a text."""
+        """Return the pre-tokens of a text in order."""
         pieces = [text]
         for rule in self.before:
             pieces = [part for piece in pieces for part in rule(piece)]

@@ -91,7 +91,7 @@ def parse_model(data: bytes, where: str) -> SentencePieceModel:
 
 def _as_bytes(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError(f"expected a message or string, got the integer {value}")
+        raise ValueError(f"expected a protobuf message or string, got the integer {value}")
     return value
 
 
@@ -134,7 +134,7 @@ def _parse_normalizer(data: bytes, model: SentencePieceModel, where: str) -> Non
         elif number == 4:
             model.remove_extra_whitespaces = bool(value)
         elif number == 5 and not value:
-            raise ValueError("normalizer_spec.escape_whitespaces is false; it must be true")
+            raise ValueError("normalizer_spec.escape_whitespaces is false; only true is supported")
 
 
 def build_encoding(
@@ -176,8 +176,8 @@ def build_encoding(
         if kind == BYTE:
             if (byte := parse_byte_piece(text)) is None or byte in byte_ids:
                 raise ValueError(
-                    f"{where}: expected a new byte such as '<0x0A>' for piece {id} of the type "
-                    f"BYTE, got {text!r}"
+                    f"{where}: expected a byte such as '<0x0A>', each byte once, for piece {id} of "
+                    f"the type BYTE, got {text!r}"
                 )
             byte_ids[byte] = id
             continue

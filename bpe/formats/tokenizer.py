@@ -12,17 +12,17 @@ from bpe.encoding import Encoding
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """The text settings of a model: its encoding, chat templates and special ids.
+    """What converts between text and the ids of a model: encoding, chat templates, special ids.
 
     Attributes:
         encoding: the vocabulary, with `encode` and `decode`.
         chat_template: the default chat template, or None.
         named_templates: the other chat templates ("tool_use", "rag"), by name.
-        bos_id: the token at the beginning of a text, or None.
-        eos_id: the token at the end of a text or message, or None.
+        bos_id: the id of the token at the beginning of a text, or None.
+        eos_id: the id of the token at the end of a text or message, or None.
         add_bos: whether to add `bos_id` before plain text; a chat template writes the token itself.
         add_eos: whether to add `eos_id` after a text, as encoder models expect.
-        stop_ids: the tokens that end a generation, see `bpe.stop_tokens`.
+        stop_ids: the ids of the tokens that end a generation, see `bpe.stop_tokens`.
     """
 
     encoding: Encoding

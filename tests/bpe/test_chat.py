@@ -206,7 +206,7 @@ def test_spans_of_various_templates_match_expected_text(source, eos, expected):
     assert assistant_texts(template, messages) == expected
 
 
-def test_spans_with_reasoning_removed_from_earlier_turns():
+def test_spans_are_found_if_template_removes_reasoning_of_earlier_turns():
     """Qwen3 and DeepSeek remove the reasoning from all messages but the last."""
     template = ChatTemplate(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -218,7 +218,7 @@ def test_spans_with_reasoning_removed_from_earlier_turns():
     assert assistant_texts(template, messages) == ["a<|im_end|>", "<think>s</think>b<|im_end|>"]
 
 
-def test_spans_with_template_that_requires_first_message():
+def test_spans_are_found_if_template_reads_first_message():
     template = ChatTemplate(
         "{% if messages[0].role == 'system' %}{% endif %}"
         "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -231,7 +231,7 @@ def test_spans_with_template_that_requires_first_message():
     ]
 
 
-def test_spans_with_tool_calls_include_them(load_model, golden):
+def test_assistant_spans_include_tool_calls(load_model, golden):
     model = "qwen2.5-coder-0.5b-instruct"
     template = load_model(model).chat_template
     chat = golden(model)["chats"][-1]

@@ -18,7 +18,7 @@ def test_docstring_examples_of_module_pass(name):
     assert results.failed == 0
 
 
-def test_docstring_examples_exist():
+def test_bpe_has_more_than_ten_docstring_examples():
     finder = doctest.DocTestFinder()
     modules = [importlib.import_module(name) for name in MODULES]
     examples = [

@@ -45,7 +45,7 @@ QWEN = {
         (QWEN, [10, 11, 7], [10, 11, 12, 7], [0, 0, 1, 1]),
     ],
 )
-def test_post_processor_adds_special_tokens_and_types(spec, single, pair, types):
+def test_post_processor_returns_special_tokens_and_token_type_ids(spec, single, pair, types):
     processor = read_post_processor(spec, "file", {})
     assert processor.process([10, 11]) == single
     assert processor.process_pair([10, 11], [12]) == (pair, types)

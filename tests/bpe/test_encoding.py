@@ -22,7 +22,7 @@ def tokens(text: str, encoding: bpe.Encoding = ENCODING, **options) -> list[byte
     return encoding.decode_tokens_bytes(encoding.encode(text, **options))
 
 
-def test_merges_with_pair_list_apply_in_list_order():
+def test_merge_listed_first_is_applied_first():
     assert tokens("low lower") == [b"low", b" lower"]
     assert ENCODING.encode("low") == [tiny.IDS[b"low"]]
     assert tiny.IDS[b"low"] == len(tiny.SPECIAL) + 256 + 1
@@ -168,7 +168,7 @@ def test_encode_then_decode_returns_the_text(text):
 
 
 @pytest.mark.heavy
-def test_full_cache_is_cleared_without_changing_ids():
+def test_full_piece_cache_is_cleared_without_changing_ids():
     encoding = tiny.encoding()
     words = ["".join(random.Random(i).choices(string.ascii_letters, k=9)) for i in range(40_000)]
     first = [encoding.encode(word) for word in words]
@@ -177,7 +177,7 @@ def test_full_cache_is_cleared_without_changing_ids():
 
 
 @pytest.mark.heavy
-def test_megabyte_without_split_is_encoded():
+def test_single_piece_of_one_megabyte_is_encoded():
     text = "a" * 1_000_000
     ids = ENCODING.encode(text)
     assert ids == [tiny.IDS[b"aaaa"]] * 250_000
@@ -246,7 +246,7 @@ class TestAgainstTiktoken:
     @given(
         text=TEXT, allowed=ALLOWED, bits=st.lists(st.sampled_from(["<|a|>", "<|b|>", "<|", "y"]))
     )
-    def test_encode_matches(self, pair, text, allowed, bits):
+    def test_encode_and_decode_of_text_match_tiktoken(self, pair, text, allowed, bits):
         text = text.join([*bits, ""])
         self.same(pair, lambda e: e.encode_ordinary(text))
         self.same(pair, lambda e: e.encode(text))
@@ -259,17 +259,17 @@ class TestAgainstTiktoken:
 
     @settings(max_examples=500)
     @given(st.lists(st.integers(0, 1100)))
-    def test_decode_matches(self, pair, ids):
+    def test_decode_of_random_ids_matches_tiktoken(self, pair, ids):
         for method in ("decode", "decode_bytes", "decode_tokens_bytes", "decode_with_offsets"):
             self.same(pair, lambda e, method=method: getattr(e, method)(ids))
         self.same(pair, lambda e: e.decode(ids, errors="strict"))
         self.same(pair, lambda e: [e.is_special_token(id) for id in ids])
 
     @given(st.binary(max_size=4) | st.text(max_size=3) | st.sampled_from(["<|a|>", "the"]))
-    def test_encode_single_token_matches(self, pair, token):
+    def test_encode_single_token_matches_tiktoken(self, pair, token):
         self.same(pair, lambda e: e.encode_single_token(token))
 
-    def test_properties_and_messages_match(self, pair):
+    def test_properties_and_error_messages_match_tiktoken(self, pair):
         for name in ("n_vocab", "max_token_value", "special_tokens_set", "name"):
             self.same(pair, lambda e, name=name: getattr(e, name))
         self.same(pair, lambda e: e.eot_token)

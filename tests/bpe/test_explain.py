@@ -56,7 +56,7 @@ def test_merge_diagram_draws_merges_line_by_line():
     assert merge_diagram(ENCODING, "x") == f"x\nx {tiny.IDS[b'x']}"
 
 
-def test_merge_diagram_of_token_without_merges_says_so():
+def test_merge_diagram_notes_token_that_no_merges_make():
     ids = {bytes([b]): b for b in range(256)} | {b"lo": 256, b"ow": 257, b"low": 258}
     merges = [(b"l", b"o"), (b"o", b"w"), (b"l", b"ow")]
     encoding = bpe.Encoding(

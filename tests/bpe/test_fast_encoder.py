@@ -80,18 +80,18 @@ ENCODINGS = {
 
 @pytest.mark.parametrize("min_batch_pieces", [0, 1 << 30], ids=["batched", "single"])
 @pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
-def test_every_kind_of_vocabulary_matches_reference(encoding, min_batch_pieces, monkeypatch):
+def test_ids_of_every_kind_of_vocabulary_match_reference(encoding, min_batch_pieces, monkeypatch):
     monkeypatch.setattr(fast_encoder, "MIN_BATCH_PIECES", min_batch_pieces)
     check(encoding, texts(0, 200))
 
 
 @pytest.mark.parametrize("pattern", [GPT2, SMOLLM, CL100K, LLAMA3, QWEN2, O200K])
-def test_every_pattern_matches_reference(pattern):
+def test_ids_with_every_split_pattern_match_reference(pattern):
     check(tiny.encoding(pattern=pattern), texts(1, 100))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "p50k_base", "cl100k_base", "o200k_base"])
-def test_named_encodings_match_reference(name):
+def test_ids_of_named_encodings_match_reference(name):
     check(bpe.get_encoding(name), texts(2, 500))
 
 
@@ -133,7 +133,7 @@ def test_random_vocabularies_match_reference(encoding, inputs):
         fast_encoder.MIN_BATCH_PIECES = previous
 
 
-def test_small_chunks_blocks_and_cache_match_reference(monkeypatch):
+def test_ids_with_small_chunks_blocks_and_cache_match_reference(monkeypatch):
     """Small limits cause every kind of boundary, which is rare with the default limits."""
     encoding = bpe.get_encoding("cl100k_base")
     inputs = texts(4, 30, 400)
@@ -262,7 +262,7 @@ UNITS = ["a", "中", "'s", *(pytest.param(unit, marks=SLOW) for unit in " \n!1\0
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_megabyte_of_one_unit_takes_near_linear_time(unit):
+def test_repetitive_text_of_one_megabyte_takes_near_linear_time(unit):
     """Eight times the text must take far less than 64 times the time."""
     encoding = bpe.get_encoding("cl100k_base")
 

@@ -44,7 +44,7 @@ def test_bytes_to_unicode_matches_gpt2():
 # tokenizer.json
 
 
-def test_tokenizer_json_loads_same_encoding(write_json):
+def test_tokenizer_json_loads_tiny_encoding(write_json):
     path = write_json(tiny.tokenizer_json())
     check(bpe.load(path))
     tokenizer = bpe.from_tokenizer_json(path)
@@ -263,7 +263,7 @@ def test_tokenizer_json_with_unsupported_setting_names_it(write_json, change, fa
         bpe.load(path)
 
 
-def test_vocabulary_without_optional_bytes_drops_them(write_json):
+def test_bytes_without_token_are_dropped_bytes(write_json):
     spec = tiny.tokenizer_json()
     for byte in (0x04, 0xC0, 0xFF):
         del spec["model"]["vocab"][tiny.as_text(bytes([byte]))]
@@ -397,7 +397,7 @@ def test_error_names_damaged_chat_template_file(model_folder, name, content):
 # GGUF
 
 
-def test_gguf_metadata_loads_same_encoding():
+def test_gguf_metadata_loads_tiny_encoding():
     tokenizer = bpe.from_gguf(tiny.gguf_metadata())
     check(tokenizer)
     assert tokenizer.encoding.name == "Tiny"
@@ -457,7 +457,7 @@ def test_gguf_llama3_adds_bos_and_ignores_merges():
         ("gpt-4o llama4 granite-embed-multi-97m", O200K, False),
     ],
 )
-def test_gguf_pre_names_of_group_share_pattern(names, pattern, bos):
+def test_gguf_pre_tokenizers_of_one_group_have_same_pattern(names, pattern, bos):
     """Bug: only the first name of a group was recognized."""
     for name in names.split():
         meta = tiny.gguf_metadata() | {"tokenizer.ggml.pre": name}

@@ -25,7 +25,7 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_allowed_tokens_are_those_with_a_matching_continuation(pattern):
+def test_allowed_tokens_are_those_that_can_begin_a_match(pattern):
     tokens = [b"a", b"b", b"c", b"ab", b"bca", b"cc"]
     texts = {
         "".join(letters).encode()
@@ -102,7 +102,7 @@ def test_allowed_tokens_equal_llguidance(pattern, seed):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_json_object_equals_llguidance(seed):
+def test_allowed_tokens_of_json_object_equal_llguidance(seed):
     rng = random.Random(seed)
     parts = [*'{}"[]10-.e\\ua\n', ": ", ", ", "tr", "ue", "null", "é"]
     source = llguidance.LLMatcher.grammar_from_json_schema(
@@ -118,7 +118,7 @@ def test_token_bitmask_has_the_bits_of_allowed_tokens():
     assert matcher.token_bitmask().tolist() == [1, 1 << 10]
 
 
-def test_accept_other_token_raises_value_error():
+def test_accept_of_token_that_is_not_allowed_raises_value_error():
     with pytest.raises(ValueError, match=naming("1", "b'c'")):
         Matcher(parse_regex("a"), [b"a", b"c"]).accept(1)
 

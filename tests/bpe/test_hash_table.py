@@ -38,7 +38,7 @@ def test_colliding_keys_are_found_in_overflow(monkeypatch):
     assert len(table._overflow) == 18
 
 
-def test_growable_array_keeps_items():
+def test_growable_array_returns_all_appended_items():
     array, expected = GrowableArray(np.int32), []
     for size in (0, 1, 2, 10, 100):
         array.append(np.arange(size))
@@ -47,7 +47,7 @@ def test_growable_array_keeps_items():
         assert array.take(np.arange(array.size)).tolist() == expected
 
 
-def test_concat_ranges_concatenates_ranges():
+def test_concat_ranges_of_counts_with_zero_and_of_nothing():
     assert concat_ranges(np.array([5, 2, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
     assert concat_ranges(np.array([], np.intp), np.array([], np.intp)).tolist() == []
 

@@ -116,7 +116,7 @@ def test_argument_that_is_not_utf8_fails(run, vocab, command):
 # count, compare and explain
 
 
-def test_count_prints_ratios(run, vocab):
+def test_count_prints_units_and_units_per_token(run, vocab):
     status, out, _ = run("count", "--vocab", vocab, "low lower low 12")
     assert status == 0
     assert [line.split() for line in out.splitlines()] == [

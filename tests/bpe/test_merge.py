@@ -42,12 +42,12 @@ def of_tokens(*tokens):
         (b"abab", of_tokens(b"aba", b"ab"), [b"aba", b"b"]),
     ],
 )
-def test_merge_of_examples(implementation, piece, rank, expected):
+def test_merge_gives_expected_tokens(implementation, piece, rank, expected):
     assert implementation(piece, rank) == expected
 
 
 @given(st.integers(0, 10**6), st.text("ab", max_size=60) | st.text("abcd", max_size=300))
-def test_random_vocabularies_give_same_merges(seed, text):
+def test_merge_list_and_merge_heap_give_same_tokens(seed, text):
     rng = random.Random(seed)
     tokens = [bytes([b]) for b in b"abcd"]
     pairs = {}

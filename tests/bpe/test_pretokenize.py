@@ -28,7 +28,7 @@ def pieces(pattern: str, text: str) -> list[str]:
         (QWEN2, "I'm 12 dogs \n\n  x", ["I", "'m", " ", "1", "2", " dogs", " \n\n", " ", " x"]),
     ],
 )
-def test_split_of_examples(pattern, text, expected):
+def test_split_gives_expected_pieces(pattern, text, expected):
     assert pieces(pattern, text) == expected
 
 
@@ -41,7 +41,7 @@ def test_pieces_join_to_the_text(pattern, text):
 
 
 @given(TEXT)
-def test_smollm_matches_digits_then_gpt2(text):
+def test_smollm_pattern_equals_split_at_digits_then_gpt2(text):
     two_passes = split([compile_pattern(r"\p{N}"), compile_pattern(GPT2)], text)
     assert pieces(SMOLLM, text) == two_passes
 

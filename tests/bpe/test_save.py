@@ -41,7 +41,7 @@ def test_saved_files_load_same_encoding(name, texts, tmp_path):
         assert from_ranks.encode(text, allowed_special="all") == ids
 
 
-def test_encoding_with_merges_saves_them(tmp_path):
+def test_encoding_with_merge_list_is_saved_as_json_only(tmp_path):
     encoding = tiny.encoding()
     save(encoding, tmp_path / "tokenizer.json")
     loaded = bpe.load(tmp_path / "tokenizer.json").encoding

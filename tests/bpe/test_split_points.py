@@ -40,7 +40,7 @@ def parts(text: str) -> list[bytes]:
     return [data[:n] for n in range(2, len(data) + 1)]
 
 
-def test_split_points_where_no_token_crosses():
+def test_text_is_split_where_no_token_crosses():
     assert segments(encoding(*parts("中文")), "人中文人") == ["人", "中文", "人"]
     assert segments(encoding(), "中文🙂🙂") == ["中", "文", "🙂", "🙂"]
     assert segments(encoding(*parts("中文人")), "文人中文人中") == ["文人", "中文人", "中"]

@@ -83,7 +83,7 @@ def feed(stops, parts) -> tuple[str, bool, list[str]]:
         (["🗼🗼"], ["🗼", "a🗼", "🗼"], "🗼a", True),
     ],
 )
-def test_stop_string_across_parts_is_cut(stops, parts, text, stopped):
+def test_text_from_stop_string_on_is_removed(stops, parts, text, stopped):
     assert feed(stops, parts)[:2] == (text, stopped)
 
 
@@ -110,7 +110,7 @@ def test_empty_stop_string_is_rejected(stops):
     text=st.text("abc", max_size=40),
     cuts=st.sets(st.integers(0, 40)),
 )
-def test_every_division_gives_result_of_character_order(stops, text, cuts):
+def test_stop_result_does_not_depend_on_division_into_parts(stops, text, cuts):
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stops)]
     if ends:
         longest = max(len(s) for s in stops if text[: ends[0]].endswith(s))

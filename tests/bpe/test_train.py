@@ -28,7 +28,7 @@ def in_bytes(merges) -> list[tuple[bytes, bytes]]:
 
 
 @pytest.mark.parametrize("learn", [learn_merges, train_fast.learn_merges])
-def test_learn_merges_of_examples(learn):
+def test_learn_merges_gives_expected_merges(learn):
     # The example of Wikipedia's article on byte-pair encoding. In "aaabdaaabac", aa occurs four
     # times. Then ab and aa + a occur twice each, and the id of "a" is lower than that of "aa".
     assert in_bytes(learn({b"aaabdaaabac": 1}, 3)) == [
@@ -69,7 +69,7 @@ def test_fast_learn_merges_matches_simple(counts, min_frequency):
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(few_letters, st.integers(1, 5), min_size=1, max_size=8))
-def test_merges_make_distinct_bytes(counts):
+def test_learned_merges_can_be_recovered_from_ranks(counts):
     """The ranks of a trained vocabulary determine its merges (docstring of `bpe.train`)."""
     merges = learn_merges(counts, 60, 1)
     ranks = build_vocab(merges)
