@@ -3,10 +3,11 @@
 Each row of a batch has its own parameters and is sampled separately (`jax.lax.map`), with a random
 key derived from its seed, the index of the choice (0 to n - 1) and the number of generated tokens.
 A request therefore gets the same tokens in every batch. The order is: penalties, bias, token
-bitmask, temperature, top-k, top-p, min-p, random draw.
+bitmask, temperature, top-k, top-p, min-p, typical-p, random draw.
 
 - top-p ("nucleus sampling") is Holtzman et al. 2019, arXiv:1904.09751; min-p is Nguyen et al. 2024,
-  arXiv:2407.01082; the repetition penalty is CTRL, Keskar et al. 2019, arXiv:1909.05858.
+  arXiv:2407.01082; typical-p ("locally typical sampling") is Meister et al. 2022,
+  arXiv:2202.00666; the repetition penalty is CTRL, Keskar et al. 2019, arXiv:1909.05858.
 - The random draw is the Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample of the
   softmax of the logits. It needs no cumulative sum.
 - Truncation (`kernels.truncate`) needs no sort. Tokens with the same logit as the least likely
@@ -30,6 +31,7 @@ import numpy as np
 from flax import struct
 
 from transformer import kernels
+from transformer.kernels.truncation import truncate_typical
 
 MAX_TOP_LOGPROBS = 20  # maximum number of alternatives that are returned with a token
 
@@ -46,6 +48,8 @@ class SamplingParams:
     top_p: float = 1.0  # keep the most likely tokens with this total probability
     top_k: int = 0  # keep this many tokens; 0 keeps all
     min_p: float = 0.0  # keep tokens of at least this probability relative to the most likely one
+    # Keep the tokens whose information is nearest to the entropy, with this total probability.
+    typical_p: float = 1.0
     presence_penalty: float = 0.0  # subtracted from the logits of tokens already generated
     frequency_penalty: float = 0.0  # subtracted once for each occurrence of a generated token
     # Divides positive and multiplies negative logits of tokens in the prompt or generated.
@@ -59,6 +63,7 @@ class SamplingParams:
             "top_p": (0.0, 1.0),
             "top_k": (0, 2**31 - 1),
             "min_p": (0.0, 1.0),
+            "typical_p": (0.0, 1.0),
             "presence_penalty": (-1e3, 1e3),
             "frequency_penalty": (-1e3, 1e3),
             "repetition_penalty": (1e-3, 1e3),
@@ -89,6 +94,7 @@ class SamplingMetadata(struct.PyTreeNode):
     top_p: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
     min_p: jax.Array | np.ndarray
+    typical_p: jax.Array | np.ndarray
     presence_penalty: jax.Array | np.ndarray
     frequency_penalty: jax.Array | np.ndarray
     repetition_penalty: jax.Array | np.ndarray
@@ -147,6 +153,7 @@ def batch_sampling_params(
         top_p=column("top_p", np.float32),
         top_k=column("top_k", np.int32),
         min_p=column("min_p", np.float32),
+        typical_p=column("typical_p", np.float32),
         presence_penalty=column("presence_penalty", np.float32),
         frequency_penalty=column("frequency_penalty", np.float32),
         repetition_penalty=column("repetition_penalty", np.float32),
@@ -291,6 +298,11 @@ def _sample_token(logits: jax.Array, params: Any) -> jax.Array:
     logits = jax.lax.cond(
         is_truncated,
         lambda: kernels.truncate(logits, params.top_k, params.top_p, params.min_p),
+        lambda: logits,
+    )
+    logits = jax.lax.cond(
+        params.typical_p < 1,
+        lambda: truncate_typical(logits, params.typical_p),
         lambda: logits,
     )
     key = jax.random.wrap_key_data(params.seed)

@@ -9,11 +9,14 @@ import pytest
 
 from tests.naming import naming
 from transformer import kernels, sampling
+from transformer.kernels.truncation import truncate_typical
 from transformer.sampling import SamplingParams
 
 sample = jax.jit(sampling.sample, static_argnames="num_ids")
 truncate = jax.jit(
-    lambda x, metadata: kernels.truncate(x, metadata.top_k, metadata.top_p, metadata.min_p)
+    lambda x, metadata: truncate_typical(
+        kernels.truncate(x, metadata.top_k, metadata.top_p, metadata.min_p), metadata.typical_p
+    )
 )
 
 
@@ -45,7 +48,7 @@ def softmax(logits):
     return weights / weights.sum()
 
 
-def reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+def reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
     """Return the truncated distribution [V] in float64, by sorting."""
     logits = np.asarray(logits, np.float64) / temperature
     if top_k:
@@ -55,7 +58,19 @@ def reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         before = np.cumsum(softmax(logits)[order]) - softmax(logits)[order]
         logits[order[(before >= top_p) & (np.arange(len(order)) > 0)]] = -np.inf
     p = softmax(logits)
-    return softmax(np.where(p >= min_p * p.max(), logits, -np.inf))
+    logits = np.where(p >= min_p * p.max(), logits, -np.inf)
+    if typical_p < 1:
+        logits[~is_typical(softmax(logits), typical_p)] = -np.inf
+    return softmax(logits)
+
+
+def is_typical(p, typical_p):
+    """Return the mask of locally typical sampling, by the definition in arXiv:2202.00666."""
+    information = -np.log(np.where(p > 0, p, 1))
+    distance = np.where(p > 0, abs(information - p @ information), np.inf)
+    order = np.argsort(distance)
+    num_kept = 1 + np.sum(np.cumsum(p[order]) < typical_p)
+    return np.isin(np.arange(len(p)), order[:num_kept])
 
 
 def random_logits(*shape, seed=0, scale=2.0):
@@ -75,6 +90,10 @@ CUTS = [
     {"min_p": 0.1},
     {"min_p": 1.0},
     {"top_k": 9, "top_p": 0.8, "min_p": 0.05, "temperature": 1.5},
+    {"typical_p": 0.0},
+    {"typical_p": 0.3},
+    {"typical_p": 0.9, "temperature": 1.3},
+    {"typical_p": 0.5, "top_k": 8, "min_p": 0.02},
 ]
 
 
@@ -105,12 +124,20 @@ def test_truncation_matches_sorting(params):
         mask = np.asarray(truncate(jnp.asarray(logits / np.float32(temperature)), row)) > -np.inf
         expected = reference(logits, **params) > 0
         # rounding of float32 sums may move the last token of top-p
-        assert (mask != expected).sum() <= (1 if 0 < params.get("top_p", 1) < 1 else 0)
+        has_mass = any(0 < params.get(name, 1) < 1 for name in ("top_p", "typical_p"))
+        assert (mask != expected).sum() <= has_mass
 
 
 def test_tied_tokens_are_kept_together():
     logits = np.array([3.0, 2.0, 2.0, 2.0, 1.0], np.float32)
     assert set(ids_of_seeds(logits, 200, top_k=2)) == {0, 1, 2, 3}
+
+
+def test_typical_p_can_exclude_the_likeliest_token():
+    """Of one token with p = 0.4 and 60 with 0.01, the unlikely ones are nearest to the entropy."""
+    logits = np.log(np.array([0.4] + [0.01] * 60, np.float32))
+    assert 0 not in ids_of_seeds(logits, 200, typical_p=0.5)
+    assert 0 in ids_of_seeds(logits, 200, typical_p=0.99)
 
 
 def test_temperature_zero_is_greedy():

@@ -1,7 +1,7 @@
-"""Truncation of the token distribution by top-k, top-p and min-p: `kernels.truncate`.
+"""Truncation of the token distribution: `kernels.truncate` and `kernels.truncate_typical`.
 
 top-p ("nucleus sampling") is Holtzman et al. 2019, arXiv:1904.09751; min-p is Nguyen et al. 2024,
-arXiv:2407.01082.
+arXiv:2407.01082; locally typical sampling is Meister et al. 2022, arXiv:2202.00666.
 """
 
 from __future__ import annotations
@@ -42,6 +42,30 @@ def bisection(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.
     mask = _top_mask(logits, lambda mask: jnp.dot(mask.astype(jnp.float32), weights) >= mass)
     mask = (mask | (top_p >= 1)) & (weights >= min_p)
     return jnp.where(mask | (logits == logits.max()), logits, -jnp.inf)
+
+
+def truncate_typical(logits: jax.Array, typical_p: jax.Array) -> jax.Array:
+    """Set the logits of tokens that locally typical sampling excludes to -inf.
+
+    Kept are the tokens whose information, -log p, is nearest to its expectation, the entropy. They
+    are the fewest with a total probability of at least `typical_p`; tokens with the same distance
+    are kept together. The likeliest token is not always among them.
+
+    Args:
+        logits: float32 [V]; -inf for tokens that are already excluded.
+        typical_p: float32 []; 1 keeps all tokens.
+
+    Returns:
+        float32 [V].
+    """
+    logprobs = jax.nn.log_softmax(logits)
+    p = jnp.exp(logprobs)
+    entropy = -jnp.dot(p, jnp.where(p > 0, logprobs, 0))
+    nearness = -jnp.abs(-logprobs - entropy)
+    # At 0 keep the most typical token; rounding must not make the mass unreachable.
+    mass = jnp.maximum(typical_p * p.sum(), 1e-30)
+    mask = _top_mask(nearness, lambda mask: jnp.dot(mask.astype(jnp.float32), p) >= mass)
+    return jnp.where(mask, logits, -jnp.inf)
 
 
 def _top_mask(x: jax.Array, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
