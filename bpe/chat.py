@@ -29,6 +29,14 @@ from bpe.encoding import Encoding
 if TYPE_CHECKING:
     import jinja2
 
+RESERVED_VARIABLES = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"),
+        "generation_marks",
+    }
+)
+"""The template variables that a caller's `variables` cannot set."""
+
 Message = Mapping[str, Any]
 """One message: `role`, `content`, and other keys that the template uses (`tool_calls`, ...)."""
 
@@ -68,6 +76,8 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the conversation as text.
 
@@ -78,17 +88,34 @@ class ChatTemplate:
                 usually a string.
             add_generation_prompt: whether to append the header of the next assistant message.
             tools: JSON schemas of the functions that the model may call.
+            continue_final_message: whether the text ends with the content of the last message, so
+                that the model continues it. As in transformers, whitespace at its end is removed if
+                the template removes it.
+            variables: more variables of the template, such as `enable_thinking`. Their names must
+                not be in `RESERVED_VARIABLES`.
 
         Raises:
-            ValueError: if the template fails, rejects the messages, or exceeds the limits on size
-                and time in `bpe.sandbox`.
+            ValueError: if the last message cannot be continued, or the template fails, rejects the
+                messages, or exceeds the limits on size and time in `bpe.sandbox`.
         """
         if tools is not None and self.tool_use_template is not None:
             return self.tool_use_template.render(
-                messages, add_generation_prompt=add_generation_prompt, tools=tools
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                continue_final_message=continue_final_message,
+                variables=variables,
             )
         messages, tools = self._prepare(messages, tools)
-        return self._run(messages, tools, add_generation_prompt)
+        variables = dict(variables or {})
+        (mark,) = self._unused_marks((messages, tools, variables), 1)
+        return self._render(
+            messages,
+            tools,
+            add_generation_prompt,
+            variables,
+            mark if continue_final_message else None,
+        )
 
     def encode(
         self,
@@ -97,6 +124,8 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the conversation as token ids, with special tokens from the template only.
 
@@ -114,11 +143,22 @@ class ChatTemplate:
             messages: as in `render`.
             add_generation_prompt: as in `render`.
             tools: as in `render`.
+            continue_final_message: as in `render`.
+            variables: as in `render`.
 
         Raises:
             ValueError: as in `render`.
         """
-        parts = list(self._parts(encoding, messages, tools, add_generation_prompt))
+        parts = list(
+            self._parts(
+                encoding,
+                messages,
+                tools,
+                add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=variables,
+            )
+        )
         return list(itertools.chain.from_iterable(encoding.encode_parts(parts)))
 
     def encode_with_assistant_spans(
@@ -170,7 +210,14 @@ class ChatTemplate:
         return ids, [(token_offsets[start], token_offsets[end]) for start, end in spans]
 
     def _parts(
-        self, encoding: Encoding, messages: Any, tools: Any, add_generation_prompt: bool
+        self,
+        encoding: Encoding,
+        messages: Any,
+        tools: Any,
+        add_generation_prompt: bool,
+        *,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> Iterator[tuple[str, bool]]:
         """Yield the parts of the rendered text: (part, whether it is a special token).
 
@@ -178,18 +225,33 @@ class ChatTemplate:
         """
         if tools is not None and self.tool_use_template is not None:
             yield from self.tool_use_template._parts(
-                encoding, messages, tools, add_generation_prompt
+                encoding,
+                messages,
+                tools,
+                add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=variables,
             )
             return
         messages, tools = self._prepare(messages, tools)
+        extra = dict(variables or {})
         specials = frozenset(encoding.special_tokens)
+        mark, end_mark = self._unused_marks((messages, tools, extra), 2)
+        if specials:
+            pattern = _special_text_pattern(specials)
+            messages, tools, extra = _map_strings(
+                lambda s: pattern.sub(mark, s), (messages, tools, extra)
+            )
+        rendered = self._render(
+            messages,
+            tools,
+            add_generation_prompt,
+            extra,
+            end_mark if continue_final_message else None,
+        )
         if not specials:
-            yield self._run(messages, tools, add_generation_prompt), False
+            yield rendered, False
             return
-        (mark,) = self._unused_marks((messages, tools), 1)
-        pattern = _special_text_pattern(specials)
-        messages, tools = _map_strings(lambda s: pattern.sub(mark, s), (messages, tools))
-        rendered = self._run(messages, tools, add_generation_prompt)
         for i, part in enumerate(_unmarked_pattern(specials, mark).split(rendered)):
             if i % 2:
                 yield part, True
@@ -268,12 +330,35 @@ class ChatTemplate:
                     message["role"] = "system"
         return [_with_reasoning_names(message) for message in messages], tools
 
+    def _render(
+        self,
+        messages: list[Any],
+        tools: list[Any] | None,
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        end_mark: str | None,
+    ) -> str:
+        """Render prepared messages; with an `end_mark`, up to the end of the last message."""
+        if reserved := RESERVED_VARIABLES & variables.keys():
+            raise ValueError(f"the template variable {min(reserved)!r} cannot be set")
+        if end_mark is None:
+            return self._run(messages, tools, add_generation_prompt, **variables)
+        last = messages[-1] if messages else {}
+        if not isinstance(last.get("content"), str):
+            raise ValueError("the last message has no text to continue")
+        # A space after the mark shows whether the template removes whitespace at the end.
+        messages = [*messages[:-1], {**last, "content": f"{last['content']}{end_mark} "}]
+        text, mark, rest = self._run(messages, tools, False, **variables).rpartition(end_mark)
+        if not mark:
+            raise ValueError("the template does not write the content of the last message")
+        return text if rest.startswith(" ") else text.rstrip()
+
     def _run(self, messages: Any, tools: Any, add_generation_prompt: bool, **variables: Any) -> str:
         from bpe.sandbox import MAX_SIZE, metered, value_size
 
         template = self._template
         try:
-            value_size([messages, tools])
+            value_size([messages, tools, variables])
         except ValueError:
             raise ValueError(
                 f"messages and tools have more than {MAX_SIZE} characters; shorten them"

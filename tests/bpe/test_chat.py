@@ -6,6 +6,7 @@ import time
 import pytest
 
 from bpe import ChatTemplate
+from bpe.chat import RESERVED_VARIABLES
 from bpe.sandbox import MAX_SIZE
 from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
@@ -77,6 +78,42 @@ def test_reasoning_has_the_names_that_templates_read(name):
     template = ChatTemplate("{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}")
     assert template.render([assistant("a", **{name: "Hm"})]) == "Hm|Hm"
     assert template.render([assistant("a")]) == "|"
+
+
+@pytest.mark.parametrize(
+    ("expression", "content", "text"),  # texts of transformers' continue_final_message
+    [
+        ("m.content", "Once upon ", "[user]hi\n[assistant]Once upon "),
+        ("m.content | trim", "Once upon ", "[user]hi\n[assistant]Once upon"),
+        ("m.content | trim", "  a", "[user]hi\n[assistant]a"),
+        ("m.content", "", "[user]hi\n[assistant]"),
+    ],
+)
+def test_continue_final_message_ends_with_its_content(expression, content, text):
+    source = "{% for m in messages %}[{{ m.role }}]{{ EXPRESSION }}\n{% endfor %}[end]"
+    template = ChatTemplate(source.replace("EXPRESSION", expression))
+    messages = [user("hi"), assistant(content)]
+    assert template.render(messages, continue_final_message=True) == text
+    ids = template.encode(ENCODING, messages, continue_final_message=True)
+    assert ENCODING.decode(ids) == text
+
+
+def test_continue_final_message_without_text_raises():
+    for messages in ([], [{"role": "assistant"}]):
+        with pytest.raises(ValueError, match="no text to continue"):
+            CHATML.render(messages, continue_final_message=True)
+    with pytest.raises(ValueError, match="does not write"):
+        ChatTemplate("x").render([user("hi")], continue_final_message=True)
+
+
+def test_variables_reach_the_template_and_reserved_ones_raise():
+    template = ChatTemplate("{% if enable_thinking %}<think>{% endif %}{{ style }}")
+    variables = {"enable_thinking": True, "style": "<|im_end|>"}
+    assert template.render([], variables=variables) == "<think><|im_end|>"
+    assert specials(template.encode(ENCODING, [], variables=variables)) == []
+    for name in RESERVED_VARIABLES:
+        with pytest.raises(ValueError, match=name):
+            template.render([], variables={name: "x"})
 
 
 def test_raise_exception_in_template_raises_value_error():
