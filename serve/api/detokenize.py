@@ -56,6 +56,7 @@ class Detokenizer:
         stop_strings: Strings that end the choice. They are not emitted.
         echo_tokens: Prompt tokens to emit when the prefill is done.
         num_unechoed: Number of leading prompt tokens that get a logprob but are not echoed.
+        min_tokens: Number of generated tokens in which stop strings do not count.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Detokenizer:
         *,
         echo_tokens: Sequence[Token] = (),
         num_unechoed: int = 0,
+        min_tokens: int = 0,
     ):
+        self._min_tokens = min_tokens
         self._echo_tokens, self._num_unechoed = echo_tokens, num_unechoed
         self._encoding, self._decoder = encoding, StreamDecoder(encoding, after_prompt=True)
         self._matcher = StopMatcher(stop_strings)
@@ -135,7 +138,7 @@ class Detokenizer:
         if not text:
             return "", False
         self._hold(text)
-        return self._matcher.push(text)
+        return (text, False) if self._generated <= self._min_tokens else self._matcher.push(text)
 
     def _hold(self, text: str) -> None:
         end = self._decoded + len(text)

@@ -13,24 +13,36 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from bpe import Encoding
 from serve.api.detokenize import (
     Detokenizer,
     FinishReason,
     TextDelta,
     TokenWithOffset,
     clamp_logprob,
+    token_text,
 )
 from serve.api.errors import APIError, server_error
 from serve.api.request_context import RequestContext
-from serve.api.requests import GenerationBody
+from serve.api.requests import ChatBody, CompletionBody, GenerationBody
 from serve.api.structured_output import compile_output_grammar, grammar_error
-from serve.api.token_ids import native_bias
+from serve.api.token_ids import native_bias, native_token_ids
 from serve.models import generation_config
 from serve.models.decoder import DecoderModel
-from transformer.engine import Done, Event, Failed, PrefillDone, SequenceRequest, Token
+from serve.models.token_limits import TokenLimits
+from transformer.engine import (
+    Done,
+    Event,
+    Failed,
+    Grammar,
+    PrefillDone,
+    PromptLogprobs,
+    SequenceRequest,
+    Token,
+)
 from transformer.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -77,6 +89,8 @@ class Prompt:
         echo_ids: The token ids of the client's prompt if the choice's text repeats it (`echo`),
             else empty. They are the last ids of `token_ids`, unless the request has a suffix.
         has_prompt_logprobs: Whether echoed tokens have logprobs.
+        prompt_logprobs: Number of alternatives to report per token of `token_ids`, in
+            `Generation.prompt_logprobs`; None for no report.
         stop_ids: Ids that end a choice, in addition to the model's.
         stop_strings: Strings that end a choice, in addition to the request's.
     """
@@ -85,6 +99,7 @@ class Prompt:
     max_tokens: int
     echo_ids: Sequence[int] = ()
     has_prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
 
@@ -139,21 +154,39 @@ class Generation:
         params = sampling_params(body, model, is_likelihood_scored=is_likelihood_scored)
         output_grammar = compile_output_grammar(body, model)
         self.format_param, grammar = output_grammar or (None, None)
+        own_stop_ids = frozenset(
+            native_token_ids(body.stop_token_ids, body.model, model, "stop_token_ids")
+        )
+        stop_ids = own_stop_ids.union(model.tokenizer.stop_ids, *(p.stop_ids for p in prompts))
+        grammar = _limit_tokens(
+            body,
+            model,
+            grammar,
+            max_tokens=min(prompt.max_tokens for prompt in prompts),
+            stop_ids=stop_ids,
+            eos_ids=model.tokenizer.stop_ids - own_stop_ids,
+        )
+        self.min_tokens = body.min_tokens
+        self.prompt_logprobs: list[list[Token]] = [[] for _ in prompts]
         timeout = request_context.timeout
         deadline = None if timeout is None else time.monotonic() + timeout
         self.model, self.stop_strings = model, body.stop_strings
         self.choices_per_prompt, self.request_context = choices_per_prompt, request_context
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
         request_context.model, request_context.prompt_tokens = model.id, self.usage.prompt_tokens
-        self.prompts = [prompt for prompt in prompts for _ in range(choices_per_prompt)]
+        self.prompts = [
+            prompt if number == 0 else replace(prompt, prompt_logprobs=None)
+            for prompt in prompts
+            for number in range(choices_per_prompt)
+        ]
         self.requests = [
             SequenceRequest(
                 prompt=tuple(prompt.token_ids),
                 max_tokens=prompt.max_tokens,
                 sampling_params=params,
-                stop_ids=model.tokenizer.stop_ids | prompt.stop_ids,
+                stop_ids=stop_ids,
                 top_logprobs=top_logprobs,
-                prompt_logprobs=top_logprobs if prompt.has_prompt_logprobs else None,
+                prompt_logprobs=_num_prompt_logprobs(prompt, top_logprobs),
                 index=index,
                 client=request_context.client,
                 is_accepted=index > 0,
@@ -215,12 +248,13 @@ class Generation:
 
     async def _stream_choice(self, index: int) -> AsyncGenerator[TextDelta, None]:
         prompt, request = self.prompts[index], self.requests[index]
-        echo = [] if request.prompt_logprobs is not None else [Token(id) for id in prompt.echo_ids]
+        echo = [] if prompt.has_prompt_logprobs else [Token(id) for id in prompt.echo_ids]
         detokenizer = Detokenizer(
             self.model.tokenizer.encoding,
             [*self.stop_strings, *prompt.stop_strings],
             echo_tokens=echo,
             num_unechoed=len(prompt.token_ids) - len(prompt.echo_ids),
+            min_tokens=self.min_tokens,
         )
         if request.max_tokens == 0 and request.prompt_logprobs is None:  # nothing to compute
             if echo:
@@ -235,6 +269,12 @@ class Generation:
                     ):
                         self.usage.cached_tokens += cached_tokens  # each prompt counts once
                         self.request_context.cached_tokens += cached_tokens
+                    case PromptLogprobs(tokens=tokens):
+                        if prompt.prompt_logprobs is not None:
+                            self.prompt_logprobs[index // self.choices_per_prompt] += tokens
+                        if not prompt.has_prompt_logprobs:
+                            continue
+                        event = _clip_top_logprobs(event, request.top_logprobs)
                     case Token():
                         self.request_context.record_token()
                 if (delta := detokenizer.update(event)) is None:
@@ -273,10 +313,123 @@ def _timeout_error(seconds: float | None) -> APIError:
     )
 
 
+def refuse_streamed_prompt_logprobs(body: ChatBody | CompletionBody) -> None:
+    """Raise APIError if a stream is to have the logprobs of the prompt."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise APIError(
+            400,
+            "Invalid 'prompt_logprobs': they are not available in a stream. Leave out "
+            "'prompt_logprobs' or 'stream'.",
+            param="prompt_logprobs",
+            code="invalid_value",
+        )
+
+
+def prompt_logprobs_to_api(
+    encoding: Encoding, tokens: Sequence[Token]
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Return the logprobs of a prompt in vLLM's form: one object by token id for each token.
+
+    It holds the token of the prompt, and the likeliest ones. The rank of a token beyond those is
+    not computed: it is null. The first token has no logprobs.
+    """
+
+    def entry(id: int, logprob: float | None, rank: int | None) -> dict[str, Any]:
+        text = token_text(encoding.decode_single_token_bytes(id))
+        return {"logprob": clamp_logprob(logprob), "rank": rank, "decoded_token": text}
+
+    return [
+        None
+        if token.logprob is None
+        else {str(token.id): entry(token.id, token.logprob, None)}
+        | {
+            str(id): entry(id, logprob, rank)
+            for rank, (id, logprob) in enumerate(token.top_logprobs, 1)
+        }
+        for token in tokens
+    ]
+
+
+def _num_prompt_logprobs(prompt: Prompt, top_logprobs: int | None) -> int | None:
+    """Return how many alternatives the engine reports for a token of a prompt; None for none."""
+    counts = [prompt.prompt_logprobs, top_logprobs if prompt.has_prompt_logprobs else None]
+    return max((count for count in counts if count is not None), default=None)
+
+
+def _clip_top_logprobs(event: PromptLogprobs, count: int | None) -> PromptLogprobs:
+    """Return the event with at most `count` alternatives per token."""
+    return PromptLogprobs(
+        tuple(replace(token, top_logprobs=token.top_logprobs[:count]) for token in event.tokens)
+    )
+
+
+def _limit_tokens(
+    body: GenerationBody,
+    model: DecoderModel,
+    grammar: Grammar | None,
+    *,
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    eos_ids: frozenset[int],
+) -> Grammar | None:
+    """Return the grammar of a request together with its limits on single tokens.
+
+    Args:
+        body: The request.
+        model: The model.
+        grammar: The grammar of the output format, if any.
+        max_tokens: Maximum number of tokens to generate.
+        stop_ids: All token ids that end a choice; they are not generated before `min_tokens`.
+        eos_ids: Those that are never generated if `ignore_eos` is set.
+
+    Raises:
+        APIError: 400 for limits that contradict each other or the output format.
+    """
+
+    def bad(param: str, message: str) -> APIError:
+        return APIError(400, f"Invalid '{param}': {message}", param=param, code="invalid_value")
+
+    if body.min_tokens > max_tokens:
+        raise bad(
+            "min_tokens",
+            f"{body.min_tokens} is more than the {max_tokens} tokens that can be generated. Lower "
+            "'min_tokens', or raise the maximum.",
+        )
+    if body.allowed_token_ids and grammar is not None:
+        raise bad("allowed_token_ids", "the output already has a format. Leave one of the two out.")
+    n_vocab = model.tokenizer.encoding.n_vocab
+    if body.ignore_eos:
+        grammar = TokenLimits.create(
+            n_vocab, stop_ids=eos_ids, min_tokens=math.inf, grammar=grammar
+        )
+    if body.min_tokens or body.allowed_token_ids:
+        allowed = native_token_ids(body.allowed_token_ids, body.model, model, "allowed_token_ids")
+        grammar = TokenLimits.create(
+            n_vocab,
+            allowed_ids=allowed,
+            stop_ids=stop_ids,
+            min_tokens=body.min_tokens,
+            grammar=grammar,
+        )
+    return grammar
+
+
 def sampling_params(
     body: GenerationBody, model: DecoderModel, *, is_likelihood_scored: bool
 ) -> SamplingParams:
-    """Return the sampling parameters of a request, with a random seed if it has none."""
+    """Return the sampling parameters of a request, with a random seed if it has none.
+
+    Raises:
+        APIError: 400 for a bias of an id that is no token, or two names of a penalty that differ.
+    """
+    if body.repeat_penalty not in (None, body.sampling.get("repetition_penalty")):
+        raise APIError(
+            400,
+            "Invalid 'repeat_penalty': it is another name of 'repetition_penalty', which has "
+            "another value. Send one of them.",
+            param="repeat_penalty",
+            code="invalid_value",
+        )
     return SamplingParams(
         **generation_config.resolve_params(
             body.sampling, model.default_sampling, is_likelihood_scored=is_likelihood_scored

@@ -15,9 +15,10 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api import logs, unused_fields
+from serve.api import logs
 from serve.api.errors import server_error
 from serve.api.request_context import RequestContext
+from serve.api.unused_fields import HEADER, header_value
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class ResponseHeaders:
                 headers["openai-version"] = API_VERSION
                 if context.model:
                     headers["openai-model"] = quote(context.model, safe="/:@+ ")
-                if context.ignored:
-                    headers[unused_fields.HEADER] = context.ignored
+                if context.unused_fields:
+                    headers[HEADER] = header_value(context.unused_fields)
                 if organization := request_headers.get("openai-organization"):
                     headers["openai-organization"] = organization
             await send(message)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from serve.api.unused_fields import Unused
+
 
 @dataclass
 class RequestContext:
@@ -22,8 +24,7 @@ class RequestContext:
         arrival_time: Time at which the request arrived.
         client: Name of the API key, or the client's address.
         model: Id of the model.
-        ignored: Paths of the request fields without effect, separated by commas: the value of the
-            response header ``x-pellucid-ignored``.
+        unused_fields: Fields of the request without effect; see `unused_fields.py`.
         prompt_tokens: Number of tokens of all prompts.
         cached_tokens: Number of prompt tokens found in the prefix cache.
         generated_tokens: Number of generated tokens.
@@ -36,7 +37,7 @@ class RequestContext:
     arrival_time: float = field(default_factory=time.perf_counter)
     client: str = ""
     model: str = ""
-    ignored: str = ""
+    unused_fields: list[Unused] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0

@@ -3,13 +3,15 @@
 The models follow OpenAI's specification and its bounds. Types are strict ("1" is not 1), and
 ``null`` counts as absent. Clients send many fields that do not apply to a local server
 (``reasoning_effort``, ``prompt_cache_key``): `unused_fields.py` says what becomes of them. Some
-settings are extensions: ``top_k``, ``min_p``, ``repetition_penalty``.
+settings are extensions with the names of vLLM, transformers and llama.cpp: ``top_k``, ``min_p``,
+``typical_p``, ``repetition_penalty``, ``min_tokens``, ``stop_token_ids``, ...
 
 Unions are discriminated by the type of the value (`tag`), so that an error reports one branch
 instead of the failures of every branch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -27,7 +29,14 @@ from starlette.requests import Request
 from serve.api.errors import APIError, from_validation, json_type_name
 from serve.api.request_context import context_of
 from serve.api.state import state_of
-from serve.api.unused_fields import UNUSED, check_names, report_unused
+from serve.api.unused_fields import (
+    MAX_PATHS,
+    UNUSED,
+    Unused,
+    check_names,
+    refuse_unused,
+    unused_fields,
+)
 from serve.models.generation_config import BOUNDS
 
 # --- reading a body ---------------------------------------------------------------------------
@@ -99,10 +108,20 @@ def validate(
         body = model.model_validate(data, strict=not is_form)
     except ValidationError as error:
         raise from_validation(error) from None
-    context_of(request.scope).ignored = report_unused(
-        data, body, is_strict=state_of(request).is_strict
-    )
+    report_unused(request, islice(unused_fields(data, body), MAX_PATHS + 1))
     return body
+
+
+def report_unused(request: Request, fields: Iterable[Unused]) -> None:
+    """Name fields without effect in the response header; with ``--strict``, refuse the request.
+
+    Raises:
+        APIError: 400 for the first of the fields.
+    """
+    found = list(fields)
+    if state_of(request).is_strict:
+        refuse_unused(found)
+    context_of(request.scope).unused_fields += found
 
 
 # --- types of fields --------------------------------------------------------------------------
@@ -121,6 +140,7 @@ def tag(value: object) -> str:
 # fail_fast: validation of an array stops at its first invalid element.
 Strings = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+SomeTokenIds = Annotated[list[int], Field(max_length=2**18, fail_fast=True)]
 CompletionPrompt = Annotated[
     Annotated[str, Tag("a string")]
     | Annotated[Strings, Tag("an array of strings")]
@@ -193,7 +213,13 @@ class GenerationBody(Body):
     min_p: Annotated[float, within("min_p")] | None = None
     presence_penalty: Annotated[float, within("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, within("frequency_penalty")] | None = None
+    typical_p: Annotated[float, within("typical_p")] | None = None
     repetition_penalty: Annotated[float, within("repetition_penalty")] | None = None
+    repeat_penalty: Annotated[
+        float | None,
+        within("repetition_penalty"),
+        Field(description="The name of `repetition_penalty` in llama.cpp."),
+    ] = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=300)] = {}
     n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
@@ -201,6 +227,19 @@ class GenerationBody(Body):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: Annotated[str | None, UNUSED] = None
+    # When a text ends, and which tokens it can have; see `token_limits.py`.
+    ignore_eos: Annotated[bool, Field(description="Never generate the tokens that end a text.")] = (
+        False
+    )
+    min_tokens: Annotated[
+        int, Field(ge=0, description="Number of tokens before the text or a stop string may end.")
+    ] = 0
+    stop_token_ids: Annotated[
+        SomeTokenIds, Field(description="More tokens that end the text.")
+    ] = []
+    allowed_token_ids: Annotated[
+        SomeTokenIds, Field(description="Generate only these tokens.")
+    ] = []
     # The format of the output; see `structured_output.py`.
     response_format: ResponseFormat = ResponseFormat(type="text")
     structured_outputs: StructuredOutputs = StructuredOutputs()
@@ -225,12 +264,20 @@ class GenerationBody(Body):
     def sampling(self) -> dict[str, Any]:
         """The sampling settings that are present, by name."""
         values = {name: getattr(self, name) for name in BOUNDS}
+        if values["repetition_penalty"] is None:
+            values["repetition_penalty"] = self.repeat_penalty
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def stop_strings(self) -> Sequence[str]:
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+PromptLogprobs = Annotated[
+    int | None,
+    Field(ge=0, le=20, description="Logprobs of the prompt's tokens, in vLLM's form."),
+]
 
 
 class CompletionBody(GenerationBody):
@@ -242,6 +289,7 @@ class CompletionBody(GenerationBody):
     echo: bool = False
     suffix: str = ""
     best_of: Annotated[int, Field(ge=0, le=20)] = 0  # 0: the same as n
+    prompt_logprobs: PromptLogprobs = None
 
 
 class ContentPart(Body):
@@ -291,6 +339,16 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_logprobs: PromptLogprobs = None
+    add_generation_prompt: Annotated[
+        bool | None, Field(description="Whether the start of an answer follows the messages.")
+    ] = None
+    continue_final_message: Annotated[
+        bool, Field(description="Continue the last message instead of writing the next one.")
+    ] = False
+    chat_template_kwargs: Annotated[
+        dict[str, Any], Field(max_length=64, description="Variables of the chat template.")
+    ] = {}
     tools: list[Any] = []
     tool_choice: Any = None
     functions: list[Any] = []

@@ -166,6 +166,17 @@ class CompletionLogprobs(ResponseModel):
     text_offset: list[Count]
 
 
+class PromptTokenLogprob(ResponseModel):
+    """The logprob of a token at a position of the prompt, and its rank if it is among the top."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]
+
+
 class CompletionChoice(ResponseModel):
     """One of the generated continuations of a prompt."""
 
@@ -173,6 +184,7 @@ class CompletionChoice(ResponseModel):
     index: Count
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(ResponseModel):
@@ -250,6 +262,7 @@ class ChatCompletion(ResponseModel):
     choices: list[ChatChoice]
     usage: UsageReply
     metadata: dict[str, str] | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatDelta(ResponseModel):

@@ -75,29 +75,50 @@ def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> di
     Raises:
         APIError: 400 for a key that is not a token id, or not a single token of the served model.
     """
-    imitated = _imitated_encoding(name, model)
-    encoding = imitated or model.tokenizer.encoding
     native: dict[int, float] = {}
     for key, value in bias.items():
         is_number = key.isascii() and key.isdigit() and len(key) < 10
-        try:
-            token = encoding.decode_single_token_bytes(int(key) if is_number else -1)
-        except (KeyError, OverflowError):
-            raise _bad_bias(
-                f"{key[:80]}. Keys are token ids of `{name}`, from 0 to {encoding.n_vocab - 1}."
-            ) from None
-        if imitated is None:
-            native[int(key)] = value
-            continue
-        try:
-            native[model.tokenizer.encoding.encode_single_token(token)] = value
-        except KeyError:
-            text = token.decode(errors="backslashreplace")
-            raise _bad_bias(
-                f"{key}. In the encoding of `{name}` it is {text!r}, which is not a single token "
-                f"of `{model.id}`. Use the model name `{model.id}` and its token ids."
-            ) from None
+        id = int(key) if is_number else key[:80]
+        native[_native_token(id, name, model, "key in 'logit_bias'", "logit_bias")] = value
     return native
+
+
+def native_token_ids(ids: Sequence[int], name: str, model: DecoderModel, param: str) -> list[int]:
+    """Translate single token ids of the model `name`, which form no text, to the served model's.
+
+    Raises:
+        APIError: 400 that names the first id that is none, or no single token of the served model.
+    """
+    return [
+        _native_token(id, name, model, f"'{param}[{index}]'", f"{param}[{index}]")
+        for index, id in enumerate(ids)
+    ]
+
+
+def _native_token(id: int | str, name: str, model: DecoderModel, place: str, param: str) -> int:
+    imitated = _imitated_encoding(name, model)
+    encoding = imitated or model.tokenizer.encoding
+
+    def bad(detail: str) -> APIError:
+        message = f"Invalid {place}: {str(id)[:80]}{detail}"
+        return APIError(400, message, param=param, code="invalid_value")
+
+    try:
+        token = encoding.decode_single_token_bytes(id if isinstance(id, int) else -1)
+    except (KeyError, OverflowError):
+        raise bad(
+            f" is not a token id of `{name}`. Use ids from 0 to {encoding.n_vocab - 1}."
+        ) from None
+    if imitated is None:
+        return int(id)
+    try:
+        return model.tokenizer.encoding.encode_single_token(token)
+    except KeyError:
+        text = token.decode(errors="backslashreplace")
+        raise bad(
+            f". In the encoding of `{name}` it is {text!r}, which is not a single token of "
+            f"`{model.id}`. Use the model name `{model.id}` and its token ids."
+        ) from None
 
 
 def _imitated_encoding(name: str, model: DecoderModel) -> Encoding | None:
@@ -111,9 +132,3 @@ def _imitated_encoding(name: str, model: DecoderModel) -> Encoding | None:
         return bpe.encoding_for_model(name)
     except KeyError:
         return None
-
-
-def _bad_bias(detail: str) -> APIError:
-    return APIError(
-        400, f"Invalid key in 'logit_bias': {detail}", param="logit_bias", code="invalid_value"
-    )

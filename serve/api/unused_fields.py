@@ -13,9 +13,8 @@ silence. The rules, for JSON bodies and forms alike:
    send the messages of a response back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -160,7 +159,7 @@ def unused_fields(data: Any, body: Any, prefix: str = "") -> Iterator[Unused]:
         fields, promises = type(body).model_fields, promises_of(type(body))
         aliases = {field.alias: name for name, field in fields.items() if field.alias}
         for name, value in data.items():
-            path = f"{prefix}.{_safe(name)}" if prefix else _safe(name)
+            path = f"{prefix}.{path_part(name)}" if prefix else path_part(name)
             if value is None or name in promises:
                 continue
             if (name := aliases.get(name, name)) not in fields:
@@ -182,17 +181,10 @@ def is_unused(model: type[BaseModel], name: str) -> bool:
     return isinstance(extra, dict) and HEADER in extra
 
 
-def report_unused(data: Any, body: BaseModel, *, is_strict: bool) -> str:
-    """Return the value of the header `HEADER`: the paths of the fields of a request without effect.
-
-    It is empty if all fields have an effect.
-
-    Raises:
-        APIError: 400 for the first field without effect if `is_strict` is set.
-    """
-    found = list(islice(unused_fields(data, body), MAX_PATHS + 1))
-    for field in found:
-        if is_strict and not field.path.startswith("messages["):
+def refuse_unused(fields: Iterable[Unused]) -> None:
+    """Raise APIError for the first of the fields that is not a key of a message."""
+    for field in fields:
+        if not field.path.startswith("messages["):
             kind = "Unsupported" if field.is_declared else "Unknown"
             raise APIError(
                 400,
@@ -201,13 +193,17 @@ def report_unused(data: Any, body: BaseModel, *, is_strict: bool) -> str:
                 param=field.path,
                 code=f"{kind.lower()}_parameter",
             )
-    value = ", ".join(field.path for field in found[:MAX_PATHS])
-    if len(found) > MAX_PATHS or len(value) > MAX_HEADER:
+
+
+def header_value(fields: Sequence[Unused]) -> str:
+    """Return the value of the header, of bounded length."""
+    value = ", ".join(field.path for field in fields[:MAX_PATHS])
+    if len(fields) > MAX_PATHS or len(value) > MAX_HEADER:
         value = value[:MAX_HEADER].rpartition(", ")[0] + ", ..."
     return value
 
 
-def _safe(key: str) -> str:
+def path_part(key: str) -> str:
     """Return a key as text for a path in a header: short, and without commas and spaces."""
     return quote(key[:MAX_KEY], safe="$@:/+")
 

@@ -32,6 +32,7 @@ _NUMBERS = {
     "top_p": float,
     "top_k": int,
     "min_p": float,
+    "typical_p": float,
     "repetition_penalty": float,
     "max_tokens": int,
     "seed": int,

@@ -20,6 +20,7 @@ BOUNDS = {  # minimum and maximum of each parameter, inclusive
     "top_p": (0, 1),
     "top_k": (-1, 2**31 - 1),  # 0 and -1 mean all tokens
     "min_p": (0, 1),
+    "typical_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "repetition_penalty": (1e-3, 1e3),
@@ -29,6 +30,7 @@ OPENAI_DEFAULTS: Mapping[str, float] = {
     "top_p": 1.0,
     "top_k": 0,
     "min_p": 0.0,
+    "typical_p": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,

@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from serve.models.decoder import DecoderModel
-from tests.serve import scripted
+from tests.serve import scripted, tiny
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +36,14 @@ def engine(model: DecoderModel) -> scripted.ScriptedEngine:
     """Return the engine of the server, which records its requests."""
     assert isinstance(model.engine, scripted.ScriptedEngine)
     return model.engine
+
+
+@pytest.fixture(scope="session")
+def tiny_address(tmp_path_factory) -> Iterator[str]:
+    """Yield the address of a complete server with a tiny random model, `tiny`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with tiny.serving(folder / "home", tiny.model(folder / "model")) as address:
+        yield address
 
 
 def client(address: str, *, strict: bool) -> OpenAI:

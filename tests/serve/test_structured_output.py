@@ -11,7 +11,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from serve.models.grammar import GrammarCompiler, GrammarSource
-from tests.serve import scripted, tiny
+from tests.serve import scripted
 
 SCHEMA = {
     "type": "object",
@@ -26,12 +26,8 @@ MESSAGES = [{"role": "user", "content": "How many?"}]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("structured")
-    with (
-        tiny.serving(folder / "home", tiny.model(folder / "model")) as address,
-        OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client,
-    ):
+def client(tiny_address):
+    with OpenAI(base_url=f"{tiny_address}/v1", api_key="any", max_retries=0) as client:
         yield client
 
 

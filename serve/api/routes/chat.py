@@ -9,7 +9,7 @@ Not supported yet: tools and functions. The models take no images or audio.
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,16 +18,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bpe import Encoding
+from bpe.chat import RESERVED_VARIABLES
 from serve.api.context_window import CHAT_WORDING, Wording, refuse_too_long, resolve_max_tokens
 from serve.api.detokenize import TokenWithOffset, clamp_logprob, token_text
 from serve.api.errors import APIError, unsupported
-from serve.api.generation import Generation, Prompt
+from serve.api.generation import (
+    Generation,
+    Prompt,
+    prompt_logprobs_to_api,
+    refuse_streamed_prompt_logprobs,
+)
 from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
-from serve.api.requests import ChatBody, Message, read_json
+from serve.api.requests import ChatBody, Message, read_json, report_unused
 from serve.api.responses import ChatChunk, ChatCompletion
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model
+from serve.api.unused_fields import Unused, path_part
 from serve.models.decoder import DecoderModel
 
 router = APIRouter(prefix="/v1")
@@ -40,6 +47,7 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
     model = await get_loaded_model(request, body.model, DecoderModel)
+    _report_unused_variables(request, body, model)
     generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -52,6 +60,11 @@ async def create_chat_completion(request: Request) -> Response:
     if body.stream:
         return await event_stream(request, _chunks(body, generation, head))
     choices = await cancel_on_disconnect(request.receive, generation.choices())
+    extra = {}
+    if body.prompt_logprobs is not None:
+        extra["prompt_logprobs"] = prompt_logprobs_to_api(
+            model.tokenizer.encoding, generation.prompt_logprobs[0]
+        )
     return JSONResponse(
         {
             **head,
@@ -66,7 +79,20 @@ async def create_chat_completion(request: Request) -> Response:
             ],
             "usage": generation.usage.to_api(),
             "metadata": body.metadata,
+            **extra,
         }
+    )
+
+
+def _report_unused_variables(request: Request, body: ChatBody, model: DecoderModel) -> None:
+    template = model.tokenizer.chat_template
+    report_unused(
+        request,
+        [
+            Unused(f"chat_template_kwargs.{path_part(name)}", is_declared=True)
+            for name in body.chat_template_kwargs
+            if template is not None and name not in template.source
+        ],
     )
 
 
@@ -118,7 +144,14 @@ def _build_generation(
     body: ChatBody, model: DecoderModel, request_context: RequestContext
 ) -> Generation:
     messages = [template_message(message, index) for index, message in enumerate(body.messages)]
-    token_ids = encode_chat(CHAT_WORDING, model, messages)
+    token_ids = encode_chat(
+        CHAT_WORDING,
+        model,
+        messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=body.continue_final_message,
+        variables=body.chat_template_kwargs,
+    )
     max_tokens = resolve_max_tokens(
         CHAT_WORDING,
         model.context,
@@ -127,7 +160,9 @@ def _build_generation(
         default=model.context,
     )
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    prompts = [Prompt(token_ids=token_ids, max_tokens=max_tokens)]
+    prompts = [
+        Prompt(token_ids=token_ids, max_tokens=max_tokens, prompt_logprobs=body.prompt_logprobs)
+    ]
     return Generation(model, prompts, body, body.n, top_logprobs, request_context)
 
 
@@ -137,6 +172,8 @@ def encode_chat(
     messages: list[dict[str, str]],
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of a conversation, rendered with the model's chat template.
 
@@ -146,6 +183,8 @@ def encode_chat(
         model: A chat model.
         messages: Dictionaries with "role" and "content".
         add_generation_prompt: Whether to append the start of the model's turn.
+        continue_final_message: Whether the model continues the last message.
+        variables: More variables of the template, such as "enable_thinking".
 
     Raises:
         APIError: 404 for a model without chat template, 400 for messages that the template refuses
@@ -163,7 +202,13 @@ def encode_chat(
         # The rendered text is checked, because a template may drop or trim messages.
         if sum(len(message["content"]) for message in messages) > model.context:
             refuse_too_long(wording, model.context, encoding, template.render(messages))
-        return template.encode(encoding, messages, add_generation_prompt=add_generation_prompt)
+        return template.encode(
+            encoding,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
     except ValueError as error:  # many templates refuse unknown roles or orders of roles
         raise APIError(
             400, f"Invalid '{wording.param}': {error}.", param=wording.param, code="invalid_value"
@@ -218,6 +263,22 @@ def template_message(message: Message, index: int) -> dict[str, str]:
 
 
 def _refuse_unsupported(body: ChatBody) -> None:
+    refuse_streamed_prompt_logprobs(body)
+    if body.continue_final_message and body.add_generation_prompt:
+        raise APIError(
+            400,
+            "Invalid 'continue_final_message': it cannot be combined with "
+            "'add_generation_prompt', which starts another message.",
+            param="continue_final_message",
+            code="invalid_value",
+        )
+    for name in sorted(RESERVED_VARIABLES & body.chat_template_kwargs.keys()):
+        raise APIError(
+            400,
+            f"Invalid 'chat_template_kwargs': the request itself sets the variable '{name}'.",
+            param=f"chat_template_kwargs.{name}",
+            code="invalid_value",
+        )
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError(
             400,

@@ -25,7 +25,13 @@ from bpe import Encoding, Tokenizer
 from serve.api.context_window import COMPLETION_WORDING, refuse_too_long, resolve_max_tokens
 from serve.api.detokenize import TextDelta, TokenWithOffset, clamp_logprob, token_text
 from serve.api.errors import APIError
-from serve.api.generation import Choice, Generation, Prompt
+from serve.api.generation import (
+    Choice,
+    Generation,
+    Prompt,
+    prompt_logprobs_to_api,
+    refuse_streamed_prompt_logprobs,
+)
 from serve.api.infill import infill_prompt
 from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
@@ -47,6 +53,7 @@ async def create_completion(request: Request) -> Response:
     """Continue a text, score it, or fill in the text before a suffix."""
     body = await read_json(request, CompletionBody)
     _refuse_contradictions(body)
+    refuse_streamed_prompt_logprobs(body)
     model = await get_loaded_model(request, body.model, DecoderModel)
     # Megabytes of text take seconds to encode, which would block the event loop.
     generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))
@@ -64,12 +71,15 @@ async def create_completion(request: Request) -> Response:
     )
     choices = await cancel_on_disconnect(request.receive, work)
     encoding = model.tokenizer.encoding
+    replies = [_choice(body, encoding, index, choice) for index, choice in enumerate(choices)]
+    if body.prompt_logprobs is not None:
+        for index, reply in enumerate(replies):
+            tokens = generation.prompt_logprobs[index // body.n]
+            reply["prompt_logprobs"] = prompt_logprobs_to_api(encoding, tokens)
     return JSONResponse(
         {
             **head,
-            "choices": [
-                _choice(body, encoding, index, choice) for index, choice in enumerate(choices)
-            ],
+            "choices": replies,
             "usage": generation.usage.to_api(),
         }
     )
@@ -173,6 +183,7 @@ def _prompt(body: CompletionBody, model: DecoderModel, start: list[int], ids: li
         max_tokens=max_tokens,
         echo_ids=echo_ids,
         has_prompt_logprobs=has_prompt_logprobs,
+        prompt_logprobs=body.prompt_logprobs,
     )
 
 

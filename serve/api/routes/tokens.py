@@ -39,6 +39,8 @@ class TokenizeBody(Body):
     add_special_tokens: bool = True  # whether to add BOS before a text, if the model has it
     add_special: bool | None = None  # llama.cpp's name of `add_special_tokens`
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] = {}
     parse_special: bool = True  # whether to encode special tokens spelled out in text as such
     return_token_strs: bool = False
     with_pieces: bool = False  # as in llama.cpp: tokens as objects with id, piece and special
@@ -127,7 +129,12 @@ def _encode(body: TokenizeBody, model: DecoderModel) -> list[int]:
     if body.messages is not None:
         messages = [template_message(message, index) for index, message in enumerate(body.messages)]
         return encode_chat(
-            CHAT_WORDING, model, messages, add_generation_prompt=body.add_generation_prompt
+            CHAT_WORDING,
+            model,
+            messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            variables=body.chat_template_kwargs,
         )
     text: str = getattr(body, present[0])
     if body.parse_special:
