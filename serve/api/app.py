@@ -19,7 +19,7 @@ from serve.api.auth import KeyRing
 from serve.api.body_limit import BodyLimit
 from serve.api.headers import ResponseHeaders
 from serve.api.metrics import Metrics
-from serve.api.middleware import ApiKeys, HostAndOrigin
+from serve.api.middleware import LOCAL_ORIGINS, ApiKeys, HostAndOrigin
 from serve.api.openapi import openapi_schema, route_docs
 from serve.api.rate_limit import RATE_HEADERS, Admission, RateLimiter
 from serve.api.routes import (
@@ -63,6 +63,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         metrics.request_ended(scope, status)
         logs.log_request(scope, status)
 
+    keys = KeyRing(settings.api_keys, settings.home)
     limiter = RateLimiter(settings.requests_per_minute) if settings.requests_per_minute else None
     app = FastAPI(
         title="Pellucid",
@@ -78,11 +79,15 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
                 on_end=on_end,
             ),
             Middleware(
-                HostAndOrigin, hosts=settings.allowed_hosts, origins=settings.allowed_origins
+                HostAndOrigin,
+                hosts=settings.allowed_hosts,
+                origins=settings.allowed_origins,
+                requires_key=keys.requires_key,
             ),
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.allowed_origins,
+                allow_origin_regex=LOCAL_ORIGINS,  # those that `HostAndOrigin` lets in
                 allow_methods=["*"],
                 allow_headers=["*"],
                 expose_headers=[
@@ -90,7 +95,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
                     *(unused_fields.HEADER, *RATE_HEADERS),
                 ],
             ),
-            Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
+            Middleware(ApiKeys, keys=keys),
             Middleware(Admission, limiter=limiter, is_draining=lambda: state.is_draining),
             Middleware(
                 BodyLimit,

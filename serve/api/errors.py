@@ -7,6 +7,7 @@ OpenAI's API, because programs match on them. A message names the field, the val
 alternative.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -15,7 +16,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
+from serve.api.unknown_urls import base_url_mistake, openai_route
 from serve.exceptions import CannotLoad, UnknownModel
 
 E = TypeVar("E", bound=Exception)
@@ -280,10 +283,25 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(exception, handle_disconnect)
 
 
+def _is_route(request: Request, path: str) -> bool:
+    """Return whether the application has a route for a path, with any method."""
+    scope = {**request.scope, "path": path, "raw_path": path.encode()}
+    return any(route.matches(scope)[0] != Match.NONE for route in request.app.routes)
+
+
 def _routing_error(request: Request, error: HTTPException) -> APIError:
     method, path = request.method, _clip(request.url.path)
+    if error.status_code in (404, 405) and (hint := openai_route(request.url.path)):
+        return APIError(
+            404,
+            f"Invalid URL ({method} {path}): OpenAI has this route, and this server has not. "
+            f"{hint}.",
+            code="unsupported_endpoint",
+        )
     if error.status_code == 404:
-        return APIError(404, f"Invalid URL ({method} {path})", code="unknown_url")
+        mistake = base_url_mistake(request.url.path, functools.partial(_is_route, request))
+        detail = f": {mistake}." if mistake else ""
+        return APIError(404, f"Invalid URL ({method} {path}){detail}", code="unknown_url")
     if error.status_code == 405:
         return APIError(
             405,

@@ -29,7 +29,7 @@ from serve.api.errors import APIError, server_error
 from serve.api.request_context import RequestContext
 from serve.api.requests import ChatBody, CompletionBody, GenerationBody
 from serve.api.structured_output import compile_output_grammar, grammar_error
-from serve.api.token_ids import native_bias, native_token_ids
+from serve.api.token_ids import imitated_encoding, native_bias, native_token_ids
 from serve.models import generation_config
 from serve.models.decoder import DecoderModel
 from serve.models.token_limits import TokenLimits
@@ -151,11 +151,12 @@ class Generation:
                 param="n",
                 code="invalid_value",
             )
-        params = sampling_params(body, model, is_likelihood_scored=is_likelihood_scored)
+        imitated = imitated_encoding(body.model, model.id, is_pattern=request_context.is_pattern)
+        params = sampling_params(body, model, imitated, is_likelihood_scored=is_likelihood_scored)
         output_grammar = compile_output_grammar(body, model)
         self.format_param, grammar = output_grammar or (None, None)
         own_stop_ids = frozenset(
-            native_token_ids(body.stop_token_ids, body.model, model, "stop_token_ids")
+            native_token_ids(body.stop_token_ids, body.model, model, "stop_token_ids", imitated)
         )
         stop_ids = own_stop_ids.union(model.tokenizer.stop_ids, *(p.stop_ids for p in prompts))
         grammar = _limit_tokens(
@@ -163,6 +164,9 @@ class Generation:
             model,
             grammar,
             max_tokens=min(prompt.max_tokens for prompt in prompts),
+            allowed_ids=native_token_ids(
+                body.allowed_token_ids, body.model, model, "allowed_token_ids", imitated
+            ),
             stop_ids=stop_ids,
             eos_ids=model.tokenizer.stop_ids - own_stop_ids,
         )
@@ -369,6 +373,7 @@ def _limit_tokens(
     grammar: Grammar | None,
     *,
     max_tokens: int,
+    allowed_ids: Sequence[int],
     stop_ids: frozenset[int],
     eos_ids: frozenset[int],
 ) -> Grammar | None:
@@ -379,6 +384,7 @@ def _limit_tokens(
         model: The model.
         grammar: The grammar of the output format, if any.
         max_tokens: Maximum number of tokens to generate.
+        allowed_ids: The ids of `allowed_token_ids`; empty for all ids.
         stop_ids: All token ids that end a choice; they are not generated before `min_tokens`.
         eos_ids: Those that are never generated if `ignore_eos` is set.
 
@@ -395,18 +401,17 @@ def _limit_tokens(
             f"{body.min_tokens} is more than the {max_tokens} tokens that can be generated. Lower "
             "'min_tokens', or raise the maximum.",
         )
-    if body.allowed_token_ids and grammar is not None:
+    if allowed_ids and grammar is not None:
         raise bad("allowed_token_ids", "the output already has a format. Leave one of the two out.")
     n_vocab = model.tokenizer.encoding.n_vocab
     if body.ignore_eos:
         grammar = TokenLimits.create(
             n_vocab, stop_ids=eos_ids, min_tokens=math.inf, grammar=grammar
         )
-    if body.min_tokens or body.allowed_token_ids:
-        allowed = native_token_ids(body.allowed_token_ids, body.model, model, "allowed_token_ids")
+    if body.min_tokens or allowed_ids:
         grammar = TokenLimits.create(
             n_vocab,
-            allowed_ids=allowed,
+            allowed_ids=allowed_ids,
             stop_ids=stop_ids,
             min_tokens=body.min_tokens,
             grammar=grammar,
@@ -415,7 +420,11 @@ def _limit_tokens(
 
 
 def sampling_params(
-    body: GenerationBody, model: DecoderModel, *, is_likelihood_scored: bool
+    body: GenerationBody,
+    model: DecoderModel,
+    imitated: Encoding | None,
+    *,
+    is_likelihood_scored: bool,
 ) -> SamplingParams:
     """Return the sampling parameters of a request, with a random seed if it has none.
 
@@ -434,7 +443,7 @@ def sampling_params(
         **generation_config.resolve_params(
             body.sampling, model.default_sampling, is_likelihood_scored=is_likelihood_scored
         ),
-        logit_bias=native_bias(body.logit_bias, body.model, model),
+        logit_bias=native_bias(body.logit_bias, body.model, model, imitated),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
     )
 

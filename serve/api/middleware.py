@@ -5,13 +5,15 @@ user opens. Two checks prevent that, before the body is read. The Host header mu
 (against DNS rebinding: a page that resolves its own name to 127.0.0.1 would be "same origin"). A
 request with a foreign Origin is refused (a page could otherwise send POST requests without reading
 the response). Cross-origin use is a setting; Starlette adds the CORS headers for allowed origins.
+Pages that this machine serves, such as `http://localhost:3000`, may send requests if the server
+requires a key, because a page without the key then learns nothing.
 
 All classes are pure ASGI middleware. They do not wrap the response body, so streaming and
 disconnects work unchanged.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,6 +23,7 @@ from serve.api.errors import APIError
 from serve.api.request_context import context_of
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # health checks come without an API key
 PAGE_PATHS = ("/", "/docs", "/openapi.json")  # public, but the API requests of a page need a key
 PAGE_PREFIXES = ("/web/", "/docs/")
@@ -34,10 +37,18 @@ class HostAndOrigin:
         app: The next application.
         hosts: Accepted names in addition to the loopback names; "*" accepts every Host.
         origins: Accepted origins ("https://app.example"); "*" accepts every Origin.
+        requires_key: Returns whether requests need a key; then origins of this machine are
+            accepted.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]):
-        self.app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Collection[str],
+        origins: Collection[str],
+        requires_key: Callable[[], bool],
+    ):
+        self.app, self.requires_key = app, requires_key
         self.hosts = {host_name(host) for host in (*LOOPBACK, *hosts)}
         self.origins = {origin.lower().rstrip("/") for origin in origins}
 
@@ -53,18 +64,23 @@ class HostAndOrigin:
             return APIError(
                 403,
                 f"The Host header '{host[:80]}' does not name this server. Use localhost or "
-                "127.0.0.1, or start the server with --allowed-host and this name.",
+                "127.0.0.1, or start the server with "
+                f"--allowed-host {host_name(host)[:80] or 'NAME'}.",
                 code="host_not_allowed",
             )
         is_same_origin = origin.partition("://")[2] == host
-        if origin and not is_same_origin and not self.origins & {origin, "*"}:
-            return APIError(
-                403,
-                f"This server refuses requests from web pages of the origin '{origin[:80]}'. To "
-                "allow them, start the server with --allowed-origin and this origin.",
-                code="origin_not_allowed",
-            )
-        return None
+        if not origin or is_same_origin or self.origins & {origin, "*"}:
+            return None
+        is_local = re.fullmatch(LOCAL_ORIGINS, origin) is not None
+        if is_local and self.requires_key():
+            return None
+        alternative = ", or require a key (`pellucid keys create NAME`)" if is_local else ""
+        return APIError(
+            403,
+            f"This server refuses requests from web pages of the origin '{origin[:80]}'. To "
+            f"allow them, start the server with --allowed-origin {origin[:80]}{alternative}.",
+            code="origin_not_allowed",
+        )
 
 
 def host_name(host: str) -> str:

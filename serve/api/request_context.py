@@ -24,6 +24,7 @@ class RequestContext:
         arrival_time: Time at which the request arrived.
         client: Name of the API key, or the client's address.
         model: Id of the model.
+        is_pattern: Whether the name of the model in the request matched a pattern of names.
         unused_fields: Fields of the request without effect; see `unused_fields.py`.
         prompt_tokens: Number of tokens of all prompts.
         cached_tokens: Number of prompt tokens found in the prefix cache.
@@ -37,6 +38,7 @@ class RequestContext:
     arrival_time: float = field(default_factory=time.perf_counter)
     client: str = ""
     model: str = ""
+    is_pattern: bool = False
     unused_fields: list[Unused] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0

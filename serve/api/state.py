@@ -7,6 +7,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from serve.api.errors import APIError
+from serve.api.request_context import context_of
 from serve.api.temp_files import TempFiles
 from serve.jobs.jobs import JobStore
 from serve.jobs.runner import JobRunner
@@ -76,6 +77,7 @@ async def get_loaded_model(request: Request, name: str, model_class: type[M]) ->
             param="model",
             code="model_not_found",
         )
+    context_of(request.scope).is_pattern = registry.is_pattern(name)
     model = await registry.get(name)
     assert isinstance(model, model_class)
     return model

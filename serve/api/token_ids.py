@@ -5,7 +5,11 @@ The encoding of the ids depends on the model name in the request:
 - The id of the served model: the ids are those of its own vocabulary.
 - An alias named after an OpenAI model ("gpt-4"): the ids are in the encoding of that OpenAI model,
   as LangChain's embeddings send them. They are decoded to text, which is encoded again.
+- A name that matches a pattern of names ("gpt-9-turbo"): the same, and if the name is unknown, the
+  encoding is o200k_base, that of OpenAI's latest models.
 - Any other alias: the ids are those of the served model's vocabulary.
+
+The functions take this encoding as `imitated`, which is None for ids of the served model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +20,25 @@ from serve.api.errors import APIError
 from serve.models.decoder import DecoderModel
 
 
-def native_ids(ids: Sequence[int], name: str, model: DecoderModel, path: str) -> list[int]:
+def imitated_encoding(name: str, model_id: str, *, is_pattern: bool) -> Encoding | None:
+    """Return the encoding of the token ids in a request; None for that of the served model.
+
+    Args:
+        name: The model name in the request.
+        model_id: The id of the served model that the name refers to.
+        is_pattern: Whether the name matched a pattern of names.
+    """
+    if name == model_id:
+        return None
+    try:
+        return bpe.encoding_for_model(name)
+    except KeyError:
+        return bpe.get_encoding("o200k_base") if is_pattern else None
+
+
+def native_ids(
+    ids: Sequence[int], name: str, model: DecoderModel, path: str, imitated: Encoding | None = None
+) -> list[int]:
     """Translate the token ids of a request for the model `name` to ids of the served model.
 
     Args:
@@ -24,35 +46,16 @@ def native_ids(ids: Sequence[int], name: str, model: DecoderModel, path: str) ->
         name: The model name in the request.
         model: The served model that the name refers to.
         path: The request field that holds the ids, for the error.
+        imitated: The encoding of the ids, if it is not that of the served model.
 
     Raises:
         APIError: 400 that names the first invalid id.
     """
-    if _imitated_encoding(name, model) is None:
-        _check(ids, model.tokenizer.encoding, name, path)
+    encoding = model.tokenizer.encoding
+    _check(ids, imitated or encoding, name, path)
+    if imitated is None:
         return list(ids)
-    text = decode_foreign_ids(ids, name, path)
-    return model.tokenizer.encoding.encode(text, allowed_special="all")
-
-
-def decode_foreign_ids(ids: Sequence[int], name: str, path: str) -> str:
-    """Return the text of ids in the encoding of the OpenAI model `name`.
-
-    Raises:
-        APIError: 400 if the encoding is unknown, or an id is invalid; the message names the first.
-    """
-    try:
-        encoding = bpe.encoding_for_model(name)
-    except KeyError:
-        raise APIError(
-            400,
-            f"Invalid '{path}': the encoding of `{name}` is unknown, so its token ids cannot be "
-            "decoded. Send text, or use the served model's name and its token ids.",
-            param=path,
-            code="invalid_value",
-        ) from None
-    _check(ids, encoding, name, path)
-    return encoding.decode(ids)
+    return encoding.encode(imitated.decode(ids), allowed_special="all")
 
 
 def _check(ids: Sequence[int], encoding: Encoding, name: str, path: str) -> None:
@@ -69,7 +72,9 @@ def _check(ids: Sequence[int], encoding: Encoding, name: str, path: str) -> None
             ) from None
 
 
-def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> dict[int, float]:
+def native_bias(
+    bias: Mapping[str, float], name: str, model: DecoderModel, imitated: Encoding | None = None
+) -> dict[int, float]:
     """Translate the keys of a `logit_bias` for the model `name` to token ids of the served model.
 
     Raises:
@@ -79,24 +84,38 @@ def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> di
     for key, value in bias.items():
         is_number = key.isascii() and key.isdigit() and len(key) < 10
         id = int(key) if is_number else key[:80]
-        native[_native_token(id, name, model, "key in 'logit_bias'", "logit_bias")] = value
+        native[_native_token(id, name, model, imitated, "key in 'logit_bias'", "logit_bias")] = (
+            value
+        )
     return native
 
 
-def native_token_ids(ids: Sequence[int], name: str, model: DecoderModel, param: str) -> list[int]:
+def native_token_ids(
+    ids: Sequence[int],
+    name: str,
+    model: DecoderModel,
+    param: str,
+    imitated: Encoding | None = None,
+) -> list[int]:
     """Translate single token ids of the model `name`, which form no text, to the served model's.
 
     Raises:
         APIError: 400 that names the first id that is none, or no single token of the served model.
     """
     return [
-        _native_token(id, name, model, f"'{param}[{index}]'", f"{param}[{index}]")
+        _native_token(id, name, model, imitated, f"'{param}[{index}]'", f"{param}[{index}]")
         for index, id in enumerate(ids)
     ]
 
 
-def _native_token(id: int | str, name: str, model: DecoderModel, place: str, param: str) -> int:
-    imitated = _imitated_encoding(name, model)
+def _native_token(
+    id: int | str,
+    name: str,
+    model: DecoderModel,
+    imitated: Encoding | None,
+    place: str,
+    param: str,
+) -> int:
     encoding = imitated or model.tokenizer.encoding
 
     def bad(detail: str) -> APIError:
@@ -119,16 +138,3 @@ def _native_token(id: int | str, name: str, model: DecoderModel, place: str, par
             f". In the encoding of `{name}` it is {text!r}, which is not a single token of "
             f"`{model.id}`. Use the model name `{model.id}` and its token ids."
         ) from None
-
-
-def _imitated_encoding(name: str, model: DecoderModel) -> Encoding | None:
-    """Return the encoding of the OpenAI model that a request names; None for other names.
-
-    The token ids of the request belong to that encoding, or else to the served model.
-    """
-    if name == model.id:
-        return None
-    try:
-        return bpe.encoding_for_model(name)
-    except KeyError:
-        return None

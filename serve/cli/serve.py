@@ -198,6 +198,7 @@ def _open_registry(
     registry = Registry(
         specs,
         known_models.aliases,
+        patterns=known_models.patterns,
         memory_limit=server_settings.memory_limit,
         not_pulled=known_models.models if serve_pulled else (),
         adapter_specs=resolve.AdapterSpecs(

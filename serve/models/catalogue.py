@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -108,12 +109,28 @@ class CatalogueEntry:
 
 
 @dataclass(frozen=True)
+class NamePattern:
+    """Patterns of names that stand for a model; `models.toml` explains the fields."""
+
+    names: tuple[str, ...]
+    excluded: tuple[str, ...]
+    model: str
+
+    def matches(self, name: str) -> bool:
+        """Return whether a name stands for the model."""
+        return any(fnmatchcase(name, pattern) for pattern in self.names) and not any(
+            fnmatchcase(name, pattern) for pattern in self.excluded
+        )
+
+
+@dataclass(frozen=True)
 class Catalogue:
-    """Models by id, aliases of models, and the id of the default model."""
+    """Models by id, aliases and patterns of their names, and the id of the default model."""
 
     default: str
     models: Mapping[str, CatalogueEntry]
     aliases: Mapping[str, str]
+    patterns: tuple[NamePattern, ...] = ()
 
     def get(self, name: str) -> CatalogueEntry | None:
         """Return the model with this id or alias, or None."""
@@ -132,6 +149,7 @@ def load(config: Path | None = None) -> Catalogue:
     models: dict[str, CatalogueEntry] = {}
     encoders: dict[str, str] = {}
     aliases: dict[str, str] = {}
+    patterns: tuple[NamePattern, ...] = ()
     files = [BUILT_IN]
     if config is not None and (config / "models.toml").is_file():
         files.append(config / "models.toml")
@@ -149,6 +167,11 @@ def load(config: Path | None = None) -> Catalogue:
             if not isinstance(id, str):
                 raise CatalogueError(f"{path}: aliases.{name} is {id!r}: use a model's id")
             aliases[name] = id
+        own_patterns = (
+            _pattern(_Table(f"{path}: patterns[{i}].", row))
+            for i, row in enumerate(top.take("patterns", list, []))
+        )
+        patterns = (*own_patterns, *patterns)
         top.done()
     for id, name in encoders.items():
         if name and (name not in models or models[name].kind != "encoder"):
@@ -162,7 +185,8 @@ def load(config: Path | None = None) -> Catalogue:
             )
         if name:
             models[id] = replace(models[id], encoder=models[name])
-    for name, id in {**aliases, "default": default}.items():
+    targets = {name: pattern.model for pattern in patterns for name in pattern.names}
+    for name, id in {**targets, **aliases, "default": default}.items():
         if id not in models:
             raise CatalogueError(
                 f"{files[-1]}: {name!r} is an alias of {id!r}, which is not a model: use one of "
@@ -172,7 +196,7 @@ def load(config: Path | None = None) -> Catalogue:
         raise CatalogueError(
             f"{files[-1]}: {min(duplicates)!r} is both an alias and a model: rename one of them"
         )
-    return Catalogue(default, models, aliases)
+    return Catalogue(default, models, aliases, patterns)
 
 
 class _Table:
@@ -251,6 +275,16 @@ def _model(id: str, table: _Table) -> CatalogueEntry:
     if hub and not hub.startswith("hf:"):
         raise CatalogueError(f"{table.prefix}hub is {hub!r}: use hf:OWNER/REPO[@REVISION][:FILE]")
     return model
+
+
+def _pattern(table: _Table) -> NamePattern:
+    names, excluded = table.take("names", list), table.take("except", list, [])
+    for name in [*names, *excluded]:
+        if not isinstance(name, str):
+            raise CatalogueError(f"{table.prefix}names has {name!r}: use texts such as 'gpt-*'")
+    pattern = NamePattern(tuple(names), tuple(excluded), table.take("model", str))
+    table.done()
+    return pattern
 
 
 def _file(table: _Table) -> ModelFile:

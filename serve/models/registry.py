@@ -1,8 +1,8 @@
 """The models of a server: lookup by id or alias, loading and unloading.
 
 `catalogue.py` lists the models that can be pulled; this file holds the models that are served. A
-name that is neither an id nor an alias of a served model raises `UnknownModel`; there is no
-fallback to another model.
+name that is neither an id nor an alias of a served model, and matches no pattern of names, raises
+`UnknownModel`; there is no fallback to another model.
 
 A model is loaded when it is first requested. When memory is short, the least recently used idle
 models are unloaded. Unloading only drops the registry's reference: a request handler that holds the
@@ -26,8 +26,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from serve.exceptions import CannotLoad, Failure, UnknownModel
+from serve.models.catalogue import NamePattern
 from serve.models.spec import LoadedModel, ModelSpec
 
+MAX_NAME = 128  # characters of a name that is compared with patterns
 Specs = Callable[[], Mapping[str, ModelSpec]]
 
 
@@ -76,6 +78,8 @@ class Registry:
     Args:
         models: at least one model, loaded or not; the first is the default. Ids must differ.
         aliases: ids by alias. An alias of a model that is not served is unknown.
+        patterns: patterns of names, tried in order after ids and aliases. A name that matches the
+            pattern of a model that is not served is unknown.
         memory_limit: the maximum bytes of all loaded models; None for the available memory.
         not_pulled: ids of catalogue models that are not pulled.
         adapter_specs: returns the current fine-tuned models by id. Those whose base is not served
@@ -91,6 +95,7 @@ class Registry:
         models: Sequence[LoadedModel | ModelSpec],
         aliases: Mapping[str, str],
         *,
+        patterns: Sequence[NamePattern] = (),
         memory_limit: int | None = None,
         not_pulled: Collection[str] = (),
         adapter_specs: Specs = dict,
@@ -108,7 +113,7 @@ class Registry:
             self._loaded, 0
         )  # number of the last request for each model
         self._use_counter = itertools.count(1)
-        self._aliases = dict(aliases)
+        self._aliases, self._patterns = dict(aliases), tuple(patterns)
         self._memory_limit, self._not_pulled = memory_limit, frozenset(not_pulled)
         self._loading: dict[str, asyncio.Future[LoadedModel]] = {}
         # A separate thread: waiting loads must not occupy the threads that prepare requests.
@@ -156,14 +161,26 @@ class Registry:
         """Return the aliases of a model."""
         return [name for name, target in self._aliases.items() if target == id]
 
+    def is_pattern(self, name: str) -> bool:
+        """Return whether a name is neither an id nor an alias, but matches a pattern."""
+        return name not in self._models and name not in self._aliases and bool(self._match(name))
+
+    def _match(self, name: str) -> str | None:
+        """Return the id that the first matching pattern names, or None."""
+        if name in self._not_pulled or len(name) > MAX_NAME:
+            return None
+        return next((pattern.model for pattern in self._patterns if pattern.matches(name)), None)
+
     def resolve(self, name: str) -> LoadedModel | ModelSpec:
-        """Return the loaded model or the spec for an id or alias. An id has precedence.
+        """Return the loaded model or the spec for a name: an id, else an alias, else a pattern.
 
         Raises:
-            UnknownModel: no served model has this id or alias.
+            UnknownModel: no served model has this name.
         """
         self._refresh()
-        id = name if name in self._models else self._aliases.get(name, name)
+        id = name
+        if name not in self._models:
+            id = self._aliases.get(name) or self._match(name) or name
         if id not in self._models:
             raise UnknownModel(name, id if id in self._not_pulled else None)
         return self._loaded.get(id, self._models[id])

@@ -26,7 +26,8 @@ FIELDS = {
         n_ctx stop_sequences include_response_headers disabled_params extra_body include_usage
         output_version reasoning ls_structured_output_format context_management truncation
         use_responses_api strict cache_control model_kwargs streaming tiktoken_model_name
-        chunk_size request_timeout max_retries top_k repetition_penalty
+        chunk_size request_timeout max_retries top_k repetition_penalty ttl additional_drop_params
+        default_headers include_server_side_tool_invocations
         """,
     "LiteLLM": """
         api_base api_key api_version base_url caching cache custom_llm_provider deployment_id

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 import bpe
 from serve.api.app import create_app
 from serve.api.settings import ServerSettings
+from serve.models import catalogue
 from serve.models.decoder import DecoderModel
 from serve.models.registry import Registry
 from serve.models.spec import ModelSpec
@@ -173,7 +175,9 @@ def model(
 @contextmanager
 def serve_models(*models: DecoderModel | ModelSpec, **settings: object) -> Iterator[str]:
     """Run a server of ``models`` on a thread and a free port; yield its URL without /v1."""
-    registry = Registry([*models], {"gpt-4": models[0].id, "mine": models[0].id})
+    chat_pattern = replace(catalogue.load().patterns[0], model=models[0].id)
+    aliases = {"gpt-4": models[0].id, "mine": models[0].id}
+    registry = Registry([*models], aliases, patterns=[chat_pattern])
     with tempfile.TemporaryDirectory() as home:  # not the user's data folder, which may hold keys
         settings = {"home": Path(home), **settings}
         app = create_app(ServerSettings(**settings), registry)  # type: ignore[arg-type]

@@ -241,18 +241,67 @@ def test_invalid_prompts_are_refused(http, prompt, param, code):
 
 
 def test_unknown_model_is_404(http):
-    error = error_of(http.post(CHAT, json=chat(model="gpt-9")), 404)
+    error = error_of(http.post(CHAT, json=chat(model="nobody")), 404)
     assert error["code"] == "model_not_found"
     assert error["message"].startswith(
-        "The model `gpt-9` does not exist or you do not have access to it."
+        "The model `nobody` does not exist or you do not have access to it."
     )
 
 
-@pytest.mark.parametrize("path", ["/v1/foo", "/foo", "/v1/chat/completions/", "/v1"])
+@pytest.mark.parametrize("path", ["/v1/foo", "/foo", "/v1", "/v1/v1", "/v1/foo/"])
 def test_unknown_route_is_404(http, path):
     error = error_of(http.post(path), 404)
     assert error["message"] == f"Invalid URL (POST {path})"
-    assert error["type"] == "invalid_request_error"
+    assert (error["type"], error["code"]) == ("invalid_request_error", "unknown_url")
+
+
+@pytest.mark.parametrize(
+    ("path", "right"),
+    [
+        ("/chat/completions", CHAT),
+        ("/completions", COMPLETIONS),
+        ("/v1/v1/chat/completions", CHAT),
+        ("/v1/v1/v1/embeddings", "/v1/embeddings"),
+        ("/v1/chat/completions/", CHAT),
+        ("/v1//chat/completions", CHAT),
+        ("/models/scripted", "/v1/models/scripted"),
+        ("/engines/a/b/completions", "/v1/engines/a/b/completions"),
+    ],
+)
+def test_wrong_base_url_is_404_that_names_the_right_path(http, path, right):
+    error = error_of(http.post(path, json=chat()), 404)
+    assert error["code"] == "unknown_url" and names(error["message"], path, right)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/responses"),
+        ("GET", "/v1/responses/resp_1/input_items"),
+        ("POST", "/v1/assistants"),
+        ("POST", "/v1/threads/runs"),
+        ("POST", "/v1/vector_stores/vs_1/search"),
+        ("POST", "/v1/realtime/sessions"),
+        ("POST", "/v1/audio/speech"),
+        ("POST", "/v1/videos"),
+        ("POST", "/v1/evals"),
+        ("GET", "/v1/containers"),
+        ("POST", "/v1/batches"),
+        ("POST", "/v1/uploads"),
+        ("POST", "/v1/moderations"),
+        ("POST", "/v1/conversations"),
+        ("POST", "/v1/decisions"),
+        ("GET", "/v1/chat/completions/chatcmpl-1"),
+        ("POST", "/v1/fine_tuning/jobs/ftjob-1/pause"),
+        ("POST", "/v1/engines/davinci/search"),
+        ("GET", "/v1/organization/usage"),
+        ("POST", "/responses"),
+    ],
+)
+def test_route_of_openai_that_is_missing_is_404_with_a_hint(http, method, path):
+    error = error_of(http.request(method, path), 404)
+    assert error["code"] == "unsupported_endpoint" and error["type"] == "invalid_request_error"
+    assert error["message"].startswith(f"Invalid URL ({method} {path}): ")
 
 
 @pytest.mark.parametrize(

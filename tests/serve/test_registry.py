@@ -72,6 +72,9 @@ def test_load_user_file_overrides_built_in(tmp_path: Path) -> None:
             ["'smollm2-135m-instruct'"],
         ),
         ("[models.mine]", ["models.mine.kind"]),
+        ('[[patterns]]\nnames = ["x*"]\nmodel = "nobody"', ["'x*'", "'nobody'"]),
+        ("[[patterns]]\nnames = [1]", ["patterns[0].names", 1]),
+        ('[[patterns]]\nnames = ["x"]\nmodel = "m"\nkind = 1', ["patterns[0].kind"]),
         ("[models]\nmine = 1", ["models.mine", 1]),
         (MODEL.replace("decoder", "oracle"), ["models.mine.kind", "'oracle'"]),
         (
@@ -111,6 +114,67 @@ def test_resolve_prefers_id_over_alias() -> None:
         with pytest.raises(UnknownModel) as raised:
             registry.resolve(name)
         assert raised.value.name == name
+
+
+CATALOGUE = catalogue.load()
+
+
+@pytest.mark.parametrize(
+    ("names", "model"),
+    [
+        (
+            "gpt-5 gpt-5.1-codex gpt-6 gpt-4o-2024-08-06 gpt-3.5-turbo-0125 gpt-4-1106-preview o1 "
+            "o3-mini o9 chatgpt-4o-latest codex-mini-latest",
+            "smollm2-135m-instruct",
+        ),
+        ("gpt-image-2 gpt-image-1-mini chatgpt-image-latest dall-e-4", "emoji-64"),
+        ("whisper-2 gpt-5-transcribe gpt-4o-transcribe-diarize", "whisper-base"),
+        ("text-embedding-4-small text-search-babbage-doc-001", "all-minilm-l6-v2"),
+        (
+            "tts-1 tts-1-hd gpt-4o-mini-tts gpt-audio gpt-4o-audio-preview gpt-realtime "
+            "gpt-4o-realtime-preview omni-moderation-latest text-moderation-stable sora-2 "
+            "gpt-oss-20b claude-4 GPT-5 gpt- o opus gpt-neo ft:gpt-4o:org::id org/gpt-5 gpt2",
+            None,
+        ),
+    ],
+)
+def test_names_of_openai_match_the_pattern_of_their_kind(names: str, model: str | None) -> None:
+    models = [loaded_model(id) for id in CATALOGUE.models]
+    registry = Registry(models, {}, patterns=CATALOGUE.patterns)
+    for name in names.split():
+        assert registry.is_pattern(name) == (model is not None), name
+        if model is not None:
+            assert registry.resolve(name).id == model
+        else:
+            with pytest.raises(UnknownModel):
+                registry.resolve(name)
+
+
+def test_patterns_come_after_ids_and_aliases(tmp_path: Path) -> None:
+    text = """
+    [[patterns]]
+    names = ["gpt-5*", "claude-*"]
+    except = ["gpt-5-nano"]
+    model = "qwen2.5-coder-0.5b-instruct"
+    """
+    patterns = catalogue.load(write_models_toml(tmp_path, text)).patterns
+    ids = ("gpt-5x", "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
+    registry = Registry([loaded_model(id) for id in ids], {"gpt-5": ids[1]}, patterns=patterns)
+    assert registry.resolve("gpt-5x").id == "gpt-5x"  # an id
+    assert registry.resolve("gpt-5").id == ids[1]  # an alias
+    assert registry.resolve("gpt-5-mini").id == registry.resolve("claude-4").id == ids[2]
+    assert registry.resolve("gpt-5-nano").id == ids[1]  # the built-in pattern
+    assert [registry.is_pattern(name) for name in ("gpt-5x", "gpt-5", "gpt-5-mini")] == [
+        *(False, False, True)
+    ]
+
+
+def test_pattern_of_a_model_that_is_not_served_is_unknown() -> None:
+    pattern = catalogue.NamePattern(("gpt-*",), (), "two")
+    registry = Registry([loaded_model("one")], {}, patterns=[pattern], not_pulled={"two"})
+    with pytest.raises(UnknownModel) as raised:
+        registry.resolve("gpt-5")
+    assert raised.value.not_pulled_id == "two"
 
 
 def test_registry_invalid_models_raise_value_error() -> None:

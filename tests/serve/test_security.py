@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from serve.api.middleware import host_name, mask
+from tests.naming import names
 from tests.serve import scripted
 
 pytestmark = pytest.mark.heavy
@@ -103,6 +104,40 @@ def test_configured_origin_gets_cors_headers(guarded):
     assert response.headers["access-control-allow-origin"] == PAGE
     assert "x-request-id" in response.headers["access-control-expose-headers"]
     assert guarded.get("/v1/models", headers={"origin": "https://b.example"}).status_code == 403
+
+
+LOCAL = ["http://localhost:3000", "http://localhost", "http://127.0.0.1:5173", "http://[::1]:1"]
+
+
+@pytest.mark.parametrize("origin", LOCAL)
+def test_page_of_this_machine_is_accepted_by_a_server_with_keys(guarded, origin):
+    response = guarded.post("/v1/completions", json=BODY, headers={"origin": origin})
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == origin
+    assert guarded.options(
+        "/v1/completions", headers={"origin": origin, "access-control-request-method": "POST"}
+    ).is_success
+
+
+def test_page_of_this_machine_needs_the_key(keyless):
+    response = keyless.post("/v1/completions", json=BODY, headers={"origin": LOCAL[0]})
+    assert response.status_code == 401
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://localhost.evil.example", "http://localhost:3000.evil.example", "null"]
+)
+def test_origin_that_only_resembles_this_machine_is_refused(guarded, origin):
+    response = guarded.post("/v1/completions", json=BODY, headers={"origin": origin})
+    assert error_of(response, 403)["code"] == "origin_not_allowed"
+
+
+def test_refused_host_and_origin_are_named_with_the_flag(http):
+    response = http.get("/health", headers={"host": "host.docker.internal:8000"})
+    message = error_of(response, 403)["message"]
+    assert names(message, "--allowed-host host.docker.internal")
+    response = http.get("/v1/models", headers={"origin": LOCAL[0]})
+    assert names(error_of(response, 403)["message"], f"--allowed-origin {LOCAL[0]}")
 
 
 def test_preflight_needs_no_key(keyless):

@@ -39,7 +39,7 @@ from serve.api.requests import CompletionBody, read_json
 from serve.api.responses import Completion, CompletionChunk
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model
-from serve.api.token_ids import native_ids
+from serve.api.token_ids import imitated_encoding, native_ids
 from serve.models.decoder import DecoderModel
 
 router = APIRouter(prefix="/v1")
@@ -144,7 +144,10 @@ def _build_generation(
     choices_per_prompt = body.best_of or body.n
     # Ranking the choices needs logprobs even if the response does not contain them.
     top_logprobs = 0 if choices_per_prompt > body.n and body.logprobs is None else body.logprobs
-    prompts = [_prompt(body, model, start, ids) for start, ids in _encode_prompts(body, model)]
+    imitated = imitated_encoding(body.model, model.id, is_pattern=request_context.is_pattern)
+    prompts = [
+        _prompt(body, model, start, ids) for start, ids in _encode_prompts(body, model, imitated)
+    ]
     return Generation(
         model,
         prompts,
@@ -187,7 +190,9 @@ def _prompt(body: CompletionBody, model: DecoderModel, start: list[int], ids: li
     )
 
 
-def _encode_prompts(body: CompletionBody, model: DecoderModel) -> list[tuple[list[int], list[int]]]:
+def _encode_prompts(
+    body: CompletionBody, model: DecoderModel, imitated: Encoding | None
+) -> list[tuple[list[int], list[int]]]:
     """Return two lists per prompt: the token ids to insert before it, and its own token ids."""
     tokenizer = model.tokenizer
     is_single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
@@ -200,7 +205,7 @@ def _encode_prompts(body: CompletionBody, model: DecoderModel) -> list[tuple[lis
             encoded.append((_start_ids(tokenizer, ids), ids))
         else:
             path = "prompt" if is_single else f"prompt[{number}]"
-            encoded.append(([], native_ids(prompt, body.model, model, path)))
+            encoded.append(([], native_ids(prompt, body.model, model, path, imitated)))
     return encoded
 
 

@@ -40,6 +40,7 @@ from serve.api.requests import Body, TokenIds, read_json, tag
 from serve.api.responses import Embeddings
 from serve.api.sse import cancel_on_disconnect
 from serve.api.state import get_loaded_model
+from serve.api.token_ids import imitated_encoding
 from serve.api.unused_fields import UNUSED
 from serve.models.encoder import EmbeddingModel
 from serve.models.reranker import RerankModel
@@ -90,10 +91,11 @@ async def create_embeddings(request: Request) -> Response:
             code="integer_above_max_value",
         )
     # Megabytes of text take seconds to encode, which would block the event loop.
-    texts = await asyncio.to_thread(_encode_inputs, body, model)
+    context = context_of(request.scope)
+    imitated = imitated_encoding(body.model, model.id, is_pattern=context.is_pattern)
+    texts = await asyncio.to_thread(_encode_inputs, body, model, imitated)
     chunks = [chunk for text in texts for chunk in text]
     num_tokens = sum(map(len, chunks))
-    context = context_of(request.scope)
     context.model, context.prompt_tokens = model.id, num_tokens
     vectors = await cancel_on_disconnect(request.receive, model.embed(chunks))
     vectors = model.average(vectors, texts)
@@ -111,13 +113,14 @@ async def create_embeddings(request: Request) -> Response:
     )
 
 
-def _encode_inputs(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]]]:
+def _encode_inputs(
+    body: EmbeddingsBody, model: EmbeddingModel, imitated: bpe.Encoding | None
+) -> list[list[list[int]]]:
     """Return the chunks of each input (usually one chunk): token ids with special tokens."""
     limit = _truncation_length(body, model)
     check_prompt_name(body.prompt_name, model)
     is_single = isinstance(body.input, str) or isinstance(body.input[0], int)
     inputs = cast("list[str | list[int]]", [body.input] if is_single else body.input)
-    imitated = _imitated_encoding(body.model, model)
     encoded: list[list[list[int]]] = []
     total = 0
     for number, text_or_ids in enumerate(inputs):
@@ -148,19 +151,6 @@ def _encode_inputs(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[lis
         check_total(total, path)
         encoded.append(chunks)
     return encoded
-
-
-def _imitated_encoding(name: str, model: EmbeddingModel) -> bpe.Encoding | None:
-    """Return the encoding of the OpenAI model that a request names; None for other names.
-
-    The token ids of the request belong to that encoding, or else to the served model.
-    """
-    if name == model.id:
-        return None
-    try:
-        return bpe.encoding_for_model(name)
-    except KeyError:  # an alias that is not named after an OpenAI model
-        return None
 
 
 def _decode(ids: list[int], encoding: bpe.Encoding, name: str, path: str) -> str:
