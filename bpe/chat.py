@@ -426,7 +426,10 @@ _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 def _with_reasoning_names(message: Any) -> Any:
-    """Copy the reasoning of a message to the names that templates read, as transformers does."""
+    """Return a message with its reasoning in `thinking` and `reasoning_content`.
+
+    Templates read one of these keys. transformers copies the reasoning in the same way.
+    """
     if not isinstance(message, dict):
         return message
     values = (message[name] for name in _REASONING_NAMES if message.get(name) is not None)

@@ -151,7 +151,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Lowercase:
-    """Convert letters to lower case, each by itself."""
+    """Convert letters to lower case, each without regard to its neighbors."""
 
     def __call__(self, text: str, position: str) -> str:
         """Return the normalized text."""

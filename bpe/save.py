@@ -80,7 +80,7 @@ def tokenizer_json(encoding: Encoding) -> str:
     Raises:
         ValueError: if tokenizers would interpret the split pattern differently, if an added token
             has the same text as an ordinary token, or if a vocabulary of SentencePiece has a
-            setting that tokenizers has not (`save_sentencepiece`).
+            setting that tokenizers does not have (`save_sentencepiece`).
     """
     if not encoding.patterns:
         from bpe.save_sentencepiece import sentencepiece_spec  # loads NumPy
@@ -144,13 +144,13 @@ def _to_json(spec: Mapping[str, Any]) -> str:
 
 
 def added_tokens(encoding: Encoding, vocab: dict[str, int]) -> list[dict[str, Any]]:
-    """Return `added_tokens` of a tokenizer.json, and add the tokens to the vocabulary.
+    """Return the value of `added_tokens` in a tokenizer.json, and add these tokens to `vocab`.
 
     tokenizers would renumber added tokens that are not in the vocabulary.
 
     Args:
         encoding: the encoding.
-        vocab: token to id; is changed.
+        vocab: token to id; changed in place.
 
     Raises:
         ValueError: if an added token has the same text as an ordinary token.

@@ -19,13 +19,13 @@ from bpe.sentencepiece import SentencePiece
 
 
 def sentencepiece_spec(encoding: Encoding) -> dict[str, Any]:
-    """Return the content of a `tokenizer.json`.
+    """Return the content of a `tokenizer.json` that is equivalent to an encoding.
 
     Args:
-        encoding: a vocabulary of SentencePiece with merges.
+        encoding: a `SentencePiece` with a BPE model.
 
     Raises:
-        ValueError: if the vocabulary has a setting that tokenizers has not.
+        ValueError: if the encoding has a setting that tokenizers does not have.
     """
     assert isinstance(encoding, SentencePiece)
     model, normalizer = encoding.model, encoding.normalizer
@@ -79,7 +79,11 @@ def sentencepiece_spec(encoding: Encoding) -> dict[str, Any]:
 def _check(
     encoding: SentencePiece, model: CharacterBpe, normalizer: SentencePieceNormalizer
 ) -> None:
-    """Check that the steps of `tokenizers` can represent the settings."""
+    """Check that a `tokenizer.json` can represent the settings of an encoding.
+
+    Raises:
+        ValueError: if it cannot.
+    """
     if normalizer.charsmap is not None:
         raise _cannot(encoding, "tokenizers applies its precompiled_charsmap differently")
     if normalizer.remove_extra_whitespaces or normalizer.whitespace_as_suffix:
@@ -109,7 +113,7 @@ def _replace(old: str, new: str) -> dict[str, Any]:
 
 
 def _merges(model: CharacterBpe) -> Iterator[tuple[str, str]]:
-    """Yield the pairs that can be merged, in order of rank."""
+    """Yield the pairs of tokens that the model merges, in order of rank."""
     pieces = model.pieces
     if model.vocab.merges is None:
         # Of equal scores (the runs of spaces in Llama), SentencePiece takes the leftmost pair. With

@@ -72,7 +72,11 @@ def attend(
 
 
 def softmax(scores: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
-    """Return the weights of scores [B, K, G, T, S]; the sinks [K * G] are scores of no position."""
+    """Return attention weights from scores [B, K, G, T, S], over the last axis.
+
+    Each head has one more score if there are `sinks` [K * G], which belongs to no position; the
+    weights of a query then sum to less than 1.
+    """
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
     sinks = sinks.reshape(*scores.shape[1:3], 1, 1)

@@ -355,4 +355,4 @@ def _shortest_period(pattern: tuple, length: int) -> tuple:
     for size in range(1, len(items) + 1):
         if all(item == items[i % size] for i, item in enumerate(items)):
             return tuple(items[:size])
-    raise AssertionError("every sequence has itself as a period")
+    raise AssertionError("expected a period, because a whole sequence is its own period")

@@ -427,10 +427,10 @@ _GGUF_EXPECTED = frozenset(
 def read_gguf_section(
     metadata: Mapping[str, Any], kind: str
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """Return the keys of an architecture without its prefix, and a function that removes a key.
+    """Return the GGUF keys of an architecture without its prefix, and a function `pop`.
 
-    The function takes a key and an optional default, and returns the value. It raises ValueError if
-    the key is missing and there is no default.
+    `pop(key, default)` removes a key from them and returns its value, or the default if the key is
+    missing. It raises ValueError if the key is missing and there is no default.
 
     Args:
         metadata: All key-value pairs of a GGUF file.
@@ -464,7 +464,8 @@ def check(
         rest: The keys and their values.
         cfg: The config made from the other keys, for neutral values that depend on it.
         kind: The model type, for error messages.
-        neutral_overrides: Neutral values of this model type that differ from those in the table.
+        neutral_overrides: Key -> values that do not change the forward pass of this model type,
+            where they differ from those in `CONFIG`.
 
     Raises:
         ValueError: The weights are quantized in an unsupported format, or a key changes the
@@ -487,7 +488,7 @@ def check_quantization(config: Mapping[str, Any]) -> None:
     """Check that a `config.json` does not describe quantized weights.
 
     Raises:
-        ValueError: It does, so the weights are quantized in a format that is not supported.
+        ValueError: It describes quantized weights, in a format that is not supported.
     """
     for key in _QUANTIZATION:
         if (value := config.get(key)) and not _is_disabled(value):

@@ -248,7 +248,7 @@ def self_attention(
 
 
 def attention_options(layer: Layer, cfg: Config, window: int | None) -> dict[str, Any]:
-    """Return the arguments of attention functions that are the same with and without a cache."""
+    """Return the keyword arguments of `attend` that are the same with and without a cache."""
     return dict(window=window, softcap=cfg.attn_logit_softcap, sinks=layer.sinks)
 
 
@@ -282,7 +282,7 @@ def route(
 
     Returns:
         The weights of the k = cfg.num_experts_per_tok most likely experts, float32 [B, T, k], and
-        their numbers, int32 [B, T, k], the most likely first. The weights are the probabilities
+        their indices, int32 [B, T, k], the most likely first. The weights are the probabilities
         over all experts, divided by their sum if cfg.norm_topk_prob.
     """
     assert cfg.num_experts_per_tok is not None

@@ -171,16 +171,16 @@ class Config:
         normalize: bool = True,
         dense: tuple[Dense, ...] = (),
     ) -> Config:
-        """Convert the dictionary of a Hugging Face `config.json`.
+        """Return the config for the content of a Hugging Face `config.json`.
 
-        The keyword arguments are what sentence-transformers stores in other files.
+        The keyword arguments are settings that sentence-transformers stores in other files.
 
         Args:
             config: The content of config.json.
             max_tokens: Maximum length of a text in tokens; None means the number of positions.
-            pooling: See the field of this class.
-            normalize: See the field of this class.
-            dense: See the field of this class.
+            pooling: A mode of `pooling.py`, or several whose results are concatenated.
+            normalize: Whether embeddings are scaled to length 1.
+            dense: Dense layers after the pooling.
 
         Returns:
             The config.
@@ -335,8 +335,8 @@ def forward(
         ids: Token ids including special tokens, int32 [B, T].
         segments: Text number of each token within its row, int32 [B, T]: 1, 2, ... and 0 for
             padding. The tokens of a text are contiguous.
-        types: Type of each token, int32 [B, T]: 0 for a single text and for the first text of a
-            pair, 1 for the second text of a pair. None means 0 for all.
+        types: Token type id (`token_type_ids`) of each token, int32 [B, T]: 0 for a single text
+            and for the first text of a pair, 1 for the second. None means 0 for all.
         taps: Names of intermediates to return: "residual" (the residual stream before each block
             and after the last, [L + 1, B, T, D]) and "attention" (attention weights,
             [L, B, N, T, T]). An unused tap costs nothing under `jax.jit`.
@@ -376,7 +376,10 @@ def forward(
 
 
 def _rotations(cfg: Config, positions: jax.Array) -> tuple[Any, Any]:
-    """Return the rotary cosines and sines of layers without and with a window; None if learned."""
+    """Return the rotary angles of the layers without a window, and of those with one.
+
+    Both are (cos, sin) of `rope.angles`, or None if positions are learned.
+    """
     if cfg.position == "learned":
         return None, None
     whole = rope.angles(positions, cfg.head_dim, cfg.rope_theta)
@@ -489,7 +492,7 @@ def score_all(
     Args:
         params: Weights of a cross-encoder.
         cfg: Its config.
-        pairs: Token ids of each pair including special tokens, and the type of each token.
+        pairs: Token ids of each pair including special tokens, and the token type id of each token.
 
     Returns:
         float32 [len(pairs), labels], in the order of the pairs.

@@ -75,11 +75,11 @@ _ROTARY_NEUTRAL = _BIDIRECTIONAL | {
 
 
 class Fields(NamedTuple):
-    """The result of reading a config.json."""
+    """The fields of `Config` that a config.json sets, and its unused keys."""
 
     fields: dict[str, Any]  # of `Config`
-    rest: dict[str, Any]  # the keys that give no field
-    neutral: dict[str, tuple[Any, ...]]  # their values that do not change the forward pass
+    rest: dict[str, Any]  # the unused keys and their values
+    neutral: dict[str, tuple[Any, ...]]  # values of unused keys that do not change the forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,10 @@ class EncoderFamily:
         keys: key of config.json -> field of `Config`.
         defaults: values of keys that config.json lacks.
         fixed_fields: fields that are equal in all models of the family.
-        activations: key of the activation, and each accepted name -> value of the field `mlp`.
-        neutral: overrides of `config_keys.CONFIG`.
+        activations: key of the activation, and a mapping: accepted name -> value of the field
+            `mlp`.
+        neutral: key -> values that do not change the forward pass, where they differ from those in
+            `config_keys.CONFIG`.
         head: fields of `HeadConfig` for the family's `ForSequenceClassification`; empty if that is
             not supported.
     """
@@ -176,7 +178,7 @@ _MODERNBERT_UNUSED = frozenset(
 
 
 def fields_from_hf(config: Mapping[str, Any]) -> Fields:
-    """Return the fields for the dictionary of a Hugging Face `config.json`, and the unused keys.
+    """Return the fields of `Config` that a Hugging Face `config.json` sets, and its unused keys.
 
     Raises:
         ValueError: The model type is unknown, or a key is missing or has an invalid value.
@@ -218,7 +220,10 @@ def fields_from_hf(config: Mapping[str, Any]) -> Fields:
 
 
 def head_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the fields of `HeadConfig` for a `...ForSequenceClassification`, and its pooling.
+    """Return the fields of `HeadConfig` and the pooling of a `...ForSequenceClassification`.
+
+    Args:
+        config: Content of config.json.
 
     Raises:
         ValueError: The head of this model type is not supported, or a key has an invalid value.
@@ -246,7 +251,10 @@ def head_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _set_position_offset(fields: dict[str, Any], padding: Any) -> None:
-    """Set the fields for a position table whose first rows, up to the id of padding, are unused."""
+    """Set `position_offset` and reduce `max_seq_len` in `fields`, as RoBERTa's positions need.
+
+    The first rows of its position table, up to the row of the padding id, are unused.
+    """
     if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
         raise ValueError(f"pad_token_id must be an integer of at least 0, got {padding!r}")
     check_size("max_position_embeddings", fields["max_seq_len"])
@@ -294,7 +302,7 @@ def _pop_rope(rest: dict[str, Any], thetas: Mapping[str, str]) -> None:
 
 
 def _pop_windows(rest: dict[str, Any], num_layers: Any) -> tuple[int | None, ...]:
-    """Remove the keys of the sliding windows from `rest`; return the window of each layer."""
+    """Remove the keys of ModernBERT's windows from `rest`; return each layer's window or None."""
     check_size("num_hidden_layers", num_layers, MAX_LAYERS)
     width, period = rest.pop("local_attention"), rest.pop("global_attn_every_n_layers")
     check_size("local_attention", width)
@@ -346,7 +354,7 @@ def gguf_pooling(metadata: Mapping[str, Any]) -> str | None:
 def fields_from_gguf(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the fields for the metadata of a GGUF file, and the unused keys.
+    """Return the fields of `Config` that the metadata of a GGUF file sets, and the unused keys.
 
     Args:
         metadata: The key-value section of the file.
@@ -367,7 +375,7 @@ def fields_from_gguf(
     rest.pop("pooling_type", None)
     rest.pop("vocab_size", None)  # the shape of the embedding has it
     if pop("attention.causal", False):
-        raise ValueError(f"{kind}.attention.causal must be false")
+        raise ValueError(f"{kind}.attention.causal must be false for an encoder, got true")
     fields = GGUF_ARCHITECTURES[kind] | dict(
         num_layers=pop("block_count"),
         num_heads=pop("attention.head_count"),
@@ -380,7 +388,10 @@ def fields_from_gguf(
         mlp_bias="blk.0.ffn_up.bias" in shapes,
     )
     if pop("attention.head_count_kv", fields["num_heads"]) != fields["num_heads"]:
-        raise ValueError(f"{kind}.attention.head_count_kv must equal {kind}.attention.head_count")
+        raise ValueError(
+            f"{kind}.attention.head_count_kv must equal {kind}.attention.head_count: grouped-query "
+            "attention is not supported"
+        )
     if kind == "bert":
         # The table can have fewer rows than context_length.
         fields["max_seq_len"] = shapes.get("position_embd.weight", (0,))[0]
@@ -389,7 +400,9 @@ def fields_from_gguf(
     if fields.get("position") == "rope":
         fields["rope_theta"] = pop("rope.freq_base", 10_000.0)
         if rest.pop("rope.scaling.type", "none") != "none":
-            raise ValueError(f"{kind}.rope.scaling.type must be 'none'")
+            raise ValueError(
+                f"{kind}.rope.scaling.type must be 'none': RoPE scaling is not supported here"
+            )
     if kind == "modern-bert":
         names = _MODERNBERT.activations[1]
         if (name := pop("hidden_activation", "gelu")) not in names:

@@ -483,7 +483,10 @@ def from_hf(config: Mapping[str, Any]) -> Config:
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """Set fields to None where None stands for their value: equal decoders have equal configs."""
+    """Return the fields, with None for each value that is the field's default.
+
+    Then configs of equal decoders are equal, whether or not a file has such a value.
+    """
     head_dim = fields["head_dim"]
     defaults = {
         "query_scalar": head_dim,
@@ -497,7 +500,13 @@ def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rotary_dim(key: str, fraction: Any, head_dim: int) -> int:
-    """Return the number of rotated channels of each head, rounded down as in transformers."""
+    """Return the number of rotated channels of each head, rounded down as in transformers.
+
+    Args:
+        key: Key of the fraction in config.json, for error messages.
+        fraction: Fraction of the channels that are rotated.
+        head_dim: H, the number of channels of a head.
+    """
     is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if not is_number or not 0 < fraction <= 1:
         raise ValueError(f"{key} must be a number above 0 and at most 1, got {fraction!r}")
@@ -505,7 +514,7 @@ def _rotary_dim(key: str, fraction: Any, head_dim: int) -> int:
 
 
 def _pop_rope_layers(rest: dict[str, Any], num_layers: int) -> tuple[bool, ...]:
-    """Remove the keys of SmolLM3's layers without rotation; return whether each layer rotates."""
+    """Return whether each layer has RoPE (SmolLM3), and remove the keys that say so from `rest`."""
     layers, interval = rest.pop("no_rope_layers", None), rest.pop("no_rope_layer_interval", 4)
     if layers is None:
         check_size("no_rope_layer_interval", interval)
@@ -617,13 +626,18 @@ def _pop_rope(rest: dict[str, Any], fields: dict[str, Any], family: Family) -> N
     rope = objects["rope_scaling"] or objects["rope_parameters"]
     if rope and rope.keys() <= _LAYER_TYPES:
         if "rope_local_base_freq" not in rest:
-            raise ValueError("rope_parameters per layer type are not supported by this model type")
+            raise ValueError(
+                "rope_parameters must be one object for all layers in this model type, got objects "
+                f"for {', '.join(rope)}"
+            )
         for key, value in rope.items():
             if not isinstance(value, Mapping):
                 raise ValueError(f"rope_parameters of {key} must be an object, got {value!r}")
         local = dict(rope.get(_LOCAL, {}))
         if (kind := local.pop("rope_type", "default")) != "default":
-            raise ValueError(f"rope_parameters of {_LOCAL} must be 'default', got {kind!r}")
+            raise ValueError(
+                f"rope_type in rope_parameters.{_LOCAL} must be 'default', got {kind!r}"
+            )
         rest["rope_local_base_freq"] = local.pop("rope_theta", rest["rope_local_base_freq"])
         rest |= local
         rope = rope.get(_GLOBAL, {})
@@ -846,7 +860,10 @@ def from_gguf(
         if family.rotary_key is not None:
             fields["rotary_dim"] = rotated
         elif rotated != fields["head_dim"]:
-            raise ValueError(f"{kind}.rope.dimension_count must be head_dim, got {rotated}")
+            raise ValueError(
+                f"{kind}.rope.dimension_count must be the head dimension {fields['head_dim']}, "
+                f"got {rotated}"
+            )
         fields["rope_scaling"] = _gguf_scaling(
             rest, fields, rope_factors or {}, family.gguf_yarn_truncate
         )
@@ -858,7 +875,10 @@ def from_gguf(
     if fields["num_layers"] == family.gguf_layers_of_27b:  # as in llama.cpp
         fields["query_scalar"] = d_model // heads
     if (width := pop("attention.value_length", fields["head_dim"])) != fields["head_dim"]:
-        raise ValueError(f"{kind}.attention.value_length must be head_dim, got {width}")
+        raise ValueError(
+            f"{kind}.attention.value_length must be the head dimension {fields['head_dim']}, "
+            f"got {width}"
+        )
     cfg = Config(**_with_defaults(fields))
     if _covers(rest.get("attention.sliding_window"), cfg):
         del rest["attention.sliding_window"]
@@ -887,9 +907,11 @@ def _check_single_model(metadata: Mapping[str, Any]) -> None:
 
 
 def _gguf_windows(rest: dict[str, Any], period: int) -> tuple[int | None, ...]:
-    """Return the windows of the layers, from one flag per layer or a period.
+    """Return the window of each layer or None, and remove the keys that say so from `rest`.
 
-    With a period of n, every n-th layer has no window. A size of 0 means that no layer has one.
+    The key `attention.sliding_window_pattern` has one flag per layer or a period; `period` is its
+    default. With a period of n, every n-th layer has no window. A window size of 0 means that no
+    layer has a window.
     """
     size = rest.pop("attention.sliding_window", 0 if period == 1 else None)
     if size is None:
@@ -911,9 +933,15 @@ def _gguf_scaling(
     factors: Mapping[str, Sequence[float]],
     yarn_truncate: bool,
 ) -> RopeScaling | None:
-    """Convert the keys `rope.scaling.*`, and the tables of Llama 3 and LongRoPE.
+    """Return the RoPE scaling of a GGUF file, and remove the keys `rope.scaling.*` from `rest`.
 
     As in llama.cpp, the default type is linear, and a factor of 0 means 1.
+
+    Args:
+        rest: The keys of the architecture that are not used yet.
+        fields: Fields of the config that are known already.
+        factors: Divisors of the rotary frequencies by tensor name, see `from_gguf`.
+        yarn_truncate: `truncate` of a YaRN scaling.
     """
     tables = {
         "short_factor": factors.get("rope_factors_short"),
@@ -936,14 +964,17 @@ def _gguf_scaling(
         return _parse_scaling(rope, fields["max_seq_len"])[0]
     if is_long:
         raise ValueError(
-            f"rope.scaling.type must be longrope or absent with the tables rope_factors_short and "
-            f"rope_factors_long, got {kind!r}"
+            f"rope.scaling.type must be 'longrope' or absent in a file with the tensors "
+            f"rope_factors_short and rope_factors_long, got {kind!r}"
         )
     frequencies = factors.get("rope_freqs")
     if kind == "none" or (kind == "linear" and factor == 1):
         return None if frequencies is None else _llama3_scaling(frequencies, fields)
     if frequencies is not None:
-        raise ValueError(f"rope.scaling.type must be none with rope_freqs.weight, got {kind!r}")
+        raise ValueError(
+            "rope.scaling.type must be 'none' in a file with the tensor rope_freqs.weight, got "
+            f"{kind!r}"
+        )
     if kind == "yarn" and isinstance(factor, int | float):
         rope["truncate"] = yarn_truncate
         attn_factor = rest.pop("rope.scaling.attn_factor", 1)
@@ -960,10 +991,10 @@ def _gguf_scaling(
 
 
 def _llama3_scaling(factors: Sequence[float], fields: Mapping[str, Any]) -> RopeScaling:
-    """Return the Llama 3 scaling that produces a table of factors.
+    """Return the Llama 3 scaling that gives the divisors `factors` of the rotary frequencies.
 
-    GGUF files store the table but not its parameters. All published models have the same three
-    parameters and a factor equal to the largest entry of the table.
+    GGUF files store the divisors but not the parameters of the scaling. In all published models,
+    three of the parameters are the same, and the factor is the largest divisor.
     """
     head_dim, theta = fields["head_dim"], fields["rope_theta"]
     scaling = RopeScaling(

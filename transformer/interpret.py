@@ -28,7 +28,7 @@ from transformer.decoder import Params, forward, unembed
 
 
 class LogitLens(NamedTuple):
-    """Predictions from the residual stream: row 0 before the first layer, row i after layer i."""
+    """Predictions from the residual stream: index 0 before the first layer, i after layer i."""
 
     ids: jax.Array  # [L + 1, T, k] int32, most likely next tokens, most likely first
     logprobs: jax.Array  # [L + 1, T, k] float32, natural logarithms

@@ -131,7 +131,10 @@ def adaptable_modules(cfg: Config) -> tuple[str, ...]:
 
 
 def shared_modules(cfg: Config) -> tuple[str, ...]:
-    """Return the names of the linear maps that share a tensor in files, and one A in adapters."""
+    """Return the names of the linear maps that share one tensor in Hugging Face files.
+
+    In a PEFT adapter, these linear maps also share one matrix A.
+    """
     names: dict[str, list[str]] = {}
     for name, source in _tensor_sources(cfg)[0].items():
         names.setdefault(source.name, []).append(name)
@@ -302,7 +305,7 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
 
 
 def _tensor_sources(cfg: Config) -> list[dict[str, TensorSource]]:
-    """Return the Hugging Face tensor of each linear map, as one dictionary per layer."""
+    """Return one dictionary per layer: name of a linear map -> its Hugging Face tensor."""
     tree = tensor_sources(cfg, "hf", architecture=families.to_hf(cfg)["model_type"])
     return [
         {
@@ -332,7 +335,7 @@ def _is_target(source: TensorSource, layer: int, config: Mapping[str, Any]) -> b
 
 
 def _check(config: Mapping[str, Any], path: Path) -> tuple[int, float]:
-    """Return rank and scale of an adapter_config.json.
+    """Check the content of an adapter_config.json; return its rank and scale.
 
     Raises:
         ValueError: The config is invalid or not supported.

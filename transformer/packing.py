@@ -61,7 +61,7 @@ def max_texts(width: int) -> int:
 
 
 def length_buckets(longest: int) -> tuple[int, ...]:
-    """Return the row widths for texts of at most `longest` tokens, in ascending order."""
+    """Return the row widths (in tokens) that `pack` uses for `longest`, in ascending order."""
     return (*(width for width in LENGTH_BUCKETS if width < longest), longest)
 
 
@@ -109,7 +109,15 @@ def pack(texts: Sequence[Sequence[int]], longest: int) -> Iterator[PackedBatch]:
 
 
 def _best_fit(lengths: list[int], widths: tuple[int, ...]) -> dict[int, list[list[int]]]:
-    """Assign texts to rows; return width -> rows, each a list of indices into `lengths`."""
+    """Assign texts to rows, each to the row with the least free space that is sufficient.
+
+    Args:
+        lengths: Number of tokens of each text.
+        widths: The row widths, ascending.
+
+    Returns:
+        Row width -> rows of this width; a row is a list of the indices of its texts.
+    """
     rows: dict[int, list[list[int]]] = {width: [] for width in widths}
     # by_space[n]: rows with n free tokens, each with its maximum number of texts.
     by_space: list[list[tuple[list[int], int]]] = [[] for _ in range(widths[-1] + 1)]

@@ -106,7 +106,7 @@ def output_width(pooling: str | tuple[str, ...], dense: Sequence[Dense], d_model
 
 
 def as_modes(pooling: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return the modes of a pooling, also of a single mode, as a tuple."""
+    """Return the modes of a pooling as a tuple; a single mode becomes a tuple of one."""
     return (pooling,) if isinstance(pooling, str) else pooling
 
 

@@ -63,7 +63,10 @@ def frequencies(
     else:  # YaRN interpolates over the indices of the pairs instead
 
         def pair_index(num_rotations: float) -> float:
-            """Return the pair that makes `num_rotations` rotations in the original context."""
+            """Return the index, a float, of the channel pair that makes `num_rotations` rotations.
+
+            The rotations are those within the original context.
+            """
             wavelength = fields.original_max_seq_len / num_rotations
             return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
 

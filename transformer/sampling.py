@@ -259,9 +259,11 @@ def gather_logprobs(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> Sampl
 
 
 def _logprobs(logits: jax.Array, token: jax.Array, num_ids: int) -> tuple[jax.Array, ...]:
-    """Return the log-probability of `token`, float32 [], and the top ids with theirs.
+    """Return log-probabilities from the logits [V] of one row.
 
-    The top ids are int32 [MAX_TOP_LOGPROBS], their log-probabilities float32 [MAX_TOP_LOGPROBS].
+    Returns:
+        The log-probability of `token`, float32 []; the ids of the most likely tokens, int32
+        [MAX_TOP_LOGPROBS]; and their log-probabilities, float32 [MAX_TOP_LOGPROBS].
     """
     logprobs = logits - jax.nn.logsumexp(logits)
     top_logprobs, top_ids = jax.lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, num_ids))

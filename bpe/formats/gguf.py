@@ -182,10 +182,11 @@ def _check_keys(meta: Mapping[str, Any], kind: _Kind, source: str) -> None:
 def _added_token_flags(
     metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
 ) -> Flags:
-    """Return the flags of added tokens, which llama.cpp knows by the name of a model.
+    """Return the flags (such as `rstrip`) of the added tokens of a model, by token id.
 
-    GGUF files have no key for them. Without them, a prompt of Phi-3 has a newline after each role
-    that the model was trained without.
+    GGUF files have no key for these flags; as in llama.cpp, the name or type of the model
+    determines them. Without the flags, a prompt of Phi-3 would have a newline after each role that
+    the model was trained without.
     """
     name = to_text(metadata.get("general.name")).lower()
     if "phi-3" in name or "phi3" in name:

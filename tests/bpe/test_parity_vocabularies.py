@@ -74,7 +74,7 @@ def test_vocabulary_has_ids_of_llama_cpp(inputs):
 
 
 @pytest.mark.parametrize("path", GGUF_FILES)
-def test_gguf_vocabulary_matches_references_on_mixed_text(path, texts):
+def test_ids_of_gguf_vocabulary_match_references_on_mixed_text(path, texts):
     metadata = read_gguf_metadata(path)
     if metadata["tokenizer.ggml.model"] == "bert":
         pytest.skip("test_wordpiece.py compares WordPiece with tokenizers")

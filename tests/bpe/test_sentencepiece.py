@@ -353,7 +353,7 @@ def test_saved_runs_of_spaces_of_equal_score_have_same_ids_in_tokenizers():
             assert huggingface.encode(text).ids == encoding.encode(text)
 
 
-def test_merges_of_a_list_are_saved(tmp_path):
+def test_merges_in_order_of_rank_are_saved(tmp_path):
     merges = ["\u2581 a", "é a", "\u2581a éa"]
     tokens = ["<unk>", "<end>", "\u2581", "a", "\u2581a", "é", "éa", "\u2581aéa", "  "]
     types = [2, 3, *[1] * 6, 4]

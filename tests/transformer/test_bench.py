@@ -92,7 +92,7 @@ def test_reference_in_float32_is_rejected():
         narrow(jnp.ones(3))
 
 
-def test_slower_contender_has_lower_ratio():
+def test_slower_contender_has_speed_ratio_below_one():
     def slow(x, w):
         return jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ w.T @ w), jnp.matmul(x, w))
 
@@ -127,7 +127,7 @@ def test_donated_arguments_are_replaced_by_results():
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
 
 
-def test_programs_match_float64_in_every_dtype():
+def test_results_of_program_cases_match_float64_in_every_dtype():
     """The sizes are tiny, and the times are not checked."""
     plan = BenchPlan(names=["prefill", "decode 1x1", "embed"], seconds=0)
     measured = []
@@ -304,7 +304,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_command_saves_compares_and_prints_json(tmp_path):
+def test_bench_command_saves_compares_and_prints_json(tmp_path):
     arguments = ("norm rms 1x", "--forms", "--seconds", "0", "--save", str(tmp_path / "a.jsonl"))
     first = run(*arguments)
     assert first.returncode == 0 and names(first.stdout, "norm", *kernels.IMPLS["norm"])
@@ -315,7 +315,7 @@ def test_command_saves_compares_and_prints_json(tmp_path):
     assert machine["machine"]["roofs"]["gbs"] > 0 and result["case"].startswith("rotate 1x")
 
 
-def test_command_with_invalid_argument_exits_with_2():
+def test_bench_command_with_invalid_argument_exits_with_2():
     for arguments, facts in (
         (["add"], ["'add'", "decode"]),
         (["--try", "norm=fused"], ["norm", "'fused'", "reference"]),

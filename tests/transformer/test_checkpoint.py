@@ -388,7 +388,7 @@ def test_gguf_round_trip_is_bitwise_equal(tmp_path, is_tied):
 @pytest.mark.parametrize(
     "kind", [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0], ids=lambda k: k.name
 )
-def test_gguf_type_that_package_can_quantize_is_dequantized(tmp_path, kind):
+def test_type_that_gguf_package_can_quantize_is_dequantized(tmp_path, kind):
     array = RNG.normal(size=(6, 256)).astype(np.float32)
     write_gguf(tmp_path / "m.gguf", {"x": array}, {}, {"x": kind})
     _, tensors = reader.read(tmp_path / "m.gguf")
@@ -401,7 +401,7 @@ def test_gguf_type_that_package_can_quantize_is_dequantized(tmp_path, kind):
 @pytest.mark.parametrize(
     "kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS], ids=lambda k: k.name
 )
-def test_gguf_type_that_package_only_reads_is_dequantized(tmp_path, kind):
+def test_type_that_gguf_package_only_dequantizes_is_dequantized(tmp_path, kind):
     block, size = gguf.GGML_QUANT_SIZES[kind]
     # 0x2e2e as a half float is 0.1, so scales are finite at any position in the block.
     raw = np.where(RNG.random((4, 512 // block * size)) < 0.5, 0x2E, 0x2D).astype(np.uint8)

@@ -62,7 +62,7 @@ def hf(name: str, **changes) -> dict:
     return json.loads((GOLDEN / name / "config.json").read_text()) | changes
 
 
-def test_debug_is_small_and_hashable():
+def test_debug_config_is_small_and_hashable():
     assert Config.debug().num_params < 50_000
     assert hash(Config.debug()) == hash(Config.debug())
     assert Config.debug(d_ff=56) != Config.debug()
@@ -370,7 +370,7 @@ def test_softcap_is_none_if_null_and_default_if_absent():
     assert (cfg.attn_logit_softcap, cfg.final_logit_softcap) == (50.0, 30.0)
 
 
-def test_old_names_of_longrope_are_read():
+def test_old_rope_types_of_longrope_are_read():
     keys = dict(short_factor=LONG["short_factor"], long_factor=LONG["long_factor"])
     expected = families.from_hf(hf("phi3"))
     for name in ("su", "yarn", "longrope"):

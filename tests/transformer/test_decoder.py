@@ -37,7 +37,7 @@ def test_forward_matches_transformers(tiny, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_each_part_matches_transformers(tiny, name):
+def test_each_norm_projection_and_sublayer_matches_transformers(tiny, name):
     check_parts(*tiny(name))
 
 

@@ -76,7 +76,7 @@ def test_packed_texts_match_single_texts(pooling: str) -> None:
         np.testing.assert_allclose(encoder.pool(alone, cfg, ones, 1)[0, 0], vector, atol=2e-5)
 
 
-def test_packing_keeps_all_tokens_in_expected_shapes() -> None:
+def test_packing_keeps_all_tokens_and_makes_batches_of_expected_shapes() -> None:
     rng = np.random.default_rng(0)
     for longest in (20, 256, 512):
         texts = [rng.integers(1, 1000, n).tolist() for n in rng.integers(1, longest + 1, 300)]
@@ -132,7 +132,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("change", NUMBERS + ROPE_NUMBERS, ids=str)
-def test_changed_field_changes_embeddings(change: dict) -> None:
+def test_changed_config_field_changes_embeddings(change: dict) -> None:
     cfg = Config.debug(position="rope", windows=(2, None)) if change in ROPE_NUMBERS else CFG
     params = randomize(encoder.init(jax.random.key(0), cfg))
     texts = [[1, 2, 3, 4], [5, 6, 7]]
@@ -143,7 +143,7 @@ def test_changed_field_changes_embeddings(change: dict) -> None:
 
 
 @pytest.mark.parametrize("change", SHAPES, ids=str)
-def test_changed_size_changes_shapes(change: dict) -> None:
+def test_changed_config_field_changes_shapes(change: dict) -> None:
     def shapes(cfg: Config) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in jax.tree.leaves(encoder.abstract(cfg))]
 

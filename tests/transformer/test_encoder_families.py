@@ -173,7 +173,7 @@ def test_config_json_of_older_versions_gives_equal_config() -> None:
 
 
 @pytest.mark.parametrize("key", ["prenorm", "causal", "qkv_proj_bias", "use_rms_norm"])
-def test_option_of_nomic_that_changes_the_block_is_rejected(key: str) -> None:
+def test_nomic_option_that_changes_the_forward_pass_is_rejected(key: str) -> None:
     with pytest.raises(ValueError, match=naming(key)):
         Config.from_hf(NOMIC_AI | {key: True})
 

@@ -237,7 +237,7 @@ def joined(tensors: dict, experts: str) -> dict:
 @pytest.mark.parametrize(
     ("name", "experts"), [("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")]
 )
-def test_experts_in_one_tensor_equal_those_of_one_each(tiny, tmp_path, name, experts):
+def test_experts_in_one_tensor_equal_experts_in_one_tensor_each(tiny, tmp_path, name, experts):
     shutil.copy(GOLDEN / name / "config.json", tmp_path)
     tensors = joined(load_file(GOLDEN / name / "model.safetensors"), experts)
     save_file(tensors, tmp_path / "model.safetensors")

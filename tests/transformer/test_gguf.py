@@ -37,12 +37,12 @@ def test_logits_match_transformers_and_top_tokens_llama_cpp(name):
 
 
 @pytest.mark.parametrize("name", TENSOR_TYPES)
-def test_file_has_tensor_type_of_its_name(name):
+def test_golden_gguf_file_has_tensor_type_of_its_name(name):
     tensors = gguf.GGUFReader(GOLDEN / "gguf" / f"llama-{name}.gguf").tensors
     assert name.upper() in {tensor.tensor_type.name for tensor in tensors}
 
 
-def test_keys_of_family_set_config_fields():
+def test_gguf_keys_of_family_set_config_fields():
     cfg = {name: checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")[1] for name in FAMILIES}
     assert cfg["llama3"].rope_scaling == RopeScaling(
         rope_type="llama3",

@@ -126,7 +126,7 @@ def png(path: Path) -> np.ndarray:
     return imread(path)
 
 
-def test_plots_depend_on_their_data(tiny, tmp_path):
+def test_plots_show_their_data_and_reject_wrong_layer_or_labels(tiny, tmp_path):
     model = tiny("llama")
     ids = [5, 9, 9, 20, 33]
     names = ["The", " cat", " $x$\n", "é", " averylongtoken"]

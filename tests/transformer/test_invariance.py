@@ -47,7 +47,7 @@ def narrow(params: decoder.Params, dtype: str) -> decoder.Params:
     ("name", "dtype"),
     [(name, "bfloat16") for name in ("gpt2", "gemma", "qwen3", "adapted")] + [("gemma", "int8")],
 )
-def test_row_is_bitwise_equal_in_every_batch_size(name, dtype):
+def test_logits_and_keys_of_row_are_bitwise_equal_in_every_batch_size(name, dtype):
     cfg = CONFIGS["llama" if name == "adapted" else name]
     params = narrow(randomize(decoder.init(jax.random.key(0), cfg)), dtype)
     if name == "adapted":

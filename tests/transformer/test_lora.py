@@ -54,7 +54,7 @@ def test_save_then_load_is_bitwise_equal(tiny, tmp_path, name):
         np.testing.assert_array_equal(ours[key], theirs[key])
 
 
-def test_initial_adapter_is_neutral_and_has_gradient():
+def test_initial_adapter_does_not_change_logits_and_has_gradient():
     cfg = Config.debug()
     params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = lora.init(jax.random.key(1), cfg, rank=4, alpha=8)

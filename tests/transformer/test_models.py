@@ -69,7 +69,7 @@ def prompts_of(golden) -> list[np.ndarray]:
     return np.split(golden["prompt_ids"], np.cumsum(golden["prompt_lengths"])[:-1])
 
 
-def test_logits_match_at_every_position(read):
+def test_logits_match_golden_file_at_every_position(read):
     golden, outputs = read
     lengths = golden["prompt_lengths"]
     columns = np.concatenate([s.columns[:n] for s, n in zip(outputs, lengths, strict=True)])
@@ -80,7 +80,7 @@ def test_logits_match_at_every_position(read):
     np.testing.assert_allclose(logsumexp, golden["logsumexp"], rtol=0, atol=1e-3)
 
 
-def test_top_tokens_match(read):
+def test_top_tokens_match_golden_file(read):
     golden, outputs = read
     ids = np.concatenate([s.top_ids for s in outputs])
     # If two logits differ by less than the tolerance, either may be first.
@@ -91,7 +91,7 @@ def test_top_tokens_match(read):
     np.testing.assert_array_equal(ids[:, :4][is_clear], golden["top_ids"][:, :4][is_clear])
 
 
-def test_greedy_continuations_are_identical(read):
+def test_greedy_continuations_equal_golden_file(read):
     # The most likely token after each prefix of the continuation is its next token, which is greedy
     # decoding, computed in chunks instead of token by token.
     golden, outputs = read
@@ -111,7 +111,7 @@ def read_whole(params, cfg, ids, columns):
 
 
 @pytest.mark.slow
-def test_forward_and_batched_decoding_match(model_file):
+def test_forward_and_batched_decoding_match_golden_file(model_file):
     """The default model: `forward` without a cache, and batched decoding, match golden outputs."""
     golden = dict(np.load(GOLDEN / f"{MODELS[0]}.npz"))
     params, cfg, _ = checkpoint.load(model_file(MODELS[0]))

@@ -39,7 +39,7 @@ def llama_cpp() -> Path:
 
 
 @pytest.mark.parametrize("method", ["gptq", "gptq_v2", "packed"])
-def test_converter_dequantizes_to_the_same_weights(llama_cpp, tmp_path, method):
+def test_llama_cpp_converter_dequantizes_to_the_same_weights(llama_cpp, tmp_path, method):
     metadata = vocabulary(llama_cpp / "models" / "ggml-vocab-gpt-2.gguf")
     folder, size = tmp_path / "hf", len(metadata["tokenizer.ggml.tokens"])
     folder.mkdir()
@@ -59,5 +59,5 @@ def test_converter_dequantizes_to_the_same_weights(llama_cpp, tmp_path, method):
 
 
 @pytest.mark.parametrize("name", [*TINY, *MORE, "gpt_oss-mxfp4"])
-def test_converted_model_matches_transformers(llama_cpp, tmp_path, name):
+def test_model_converted_by_llama_cpp_matches_transformers(llama_cpp, tmp_path, name):
     assert converted_difference(name, llama_cpp, tmp_path) <= TOLERANCE

@@ -17,7 +17,7 @@ SIZES = dict(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_each_of_the_256_floats_is_that_of_torch(tmp_path, dtype):
+def test_each_of_the_256_fp8_values_equals_that_of_torch(tmp_path, dtype):
     import torch
 
     kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
@@ -51,7 +51,9 @@ def quantized(weight, layout: str):
         ("tensor", dict(quant_method="modelopt", quant_algo="FP8"), "_scale"),
     ],
 )
-def test_folder_has_the_weights_of_torch_and_transformers(tmp_path, layout, quantization, suffix):
+def test_fp8_folder_has_the_weights_of_torch_and_transformers(
+    tmp_path, layout, quantization, suffix
+):
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig

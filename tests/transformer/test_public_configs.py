@@ -666,7 +666,7 @@ def test_neutral_value_does_not_change_config(name):
 
 
 @pytest.mark.parametrize("key", NOT_NEUTRAL)
-def test_other_value_than_neutral_is_rejected(key):
+def test_value_that_is_not_neutral_is_rejected(key):
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
         families.from_hf(changed(TINYLLAMA, **NOT_NEUTRAL[key]))
 

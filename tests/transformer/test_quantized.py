@@ -58,7 +58,7 @@ def dequantized(settings: dict, tensors: dict) -> quantized.LazyTensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layer_is_dequantized_as_by_the_tool_that_packed_it(name):
+def test_quantized_weight_equals_that_of_the_tool_that_packed_it(name):
     settings, tensors, expected = golden(name)
     weight = dequantized(settings, tensors)
     assert weight.shape == expected.shape
@@ -133,7 +133,7 @@ def write_folders(folder: Path, method: str) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("method", QUANTIZATION)
-def test_folder_equals_its_dequantized_weights(tmp_path, method):
+def test_quantized_folder_loads_as_its_dequantized_weights(tmp_path, method):
     packed, plain = write_folders(tmp_path, method)
     params, cfg, _ = checkpoint.load(packed)
     expected, plain_cfg, _ = checkpoint.load(plain)
@@ -205,7 +205,7 @@ def test_biases_of_zeros_are_ignored_and_others_are_not(tmp_path, caplog):
         ("packed", dict(format="int-quantized"), ("quantization_config", "int-quantized")),
     ],
 )  # fmt: skip
-def test_value_that_is_not_supported_raises_with_its_key(tmp_path, method, change, facts):
+def test_unsupported_value_in_quantization_config_raises_with_key(tmp_path, method, change, facts):
     packed, _ = write_folders(tmp_path, method)
     path = packed / "config.json"
     config = json.loads(path.read_text())
@@ -240,7 +240,9 @@ def test_value_that_is_not_supported_raises_with_its_key(tmp_path, method, chang
         ("packed", "weight_scale", lambda scales: scales[:-1].copy()),
     ],
 )
-def test_part_that_is_missing_or_of_another_shape_raises_with_file(tmp_path, method, part, change):
+def test_quantized_weight_with_missing_or_misshapen_tensor_raises_with_file(
+    tmp_path, method, part, change
+):
     packed, _ = write_folders(tmp_path, method)
     path = packed / "model.safetensors"
     tensors = load_file(path)
@@ -254,7 +256,7 @@ def test_part_that_is_missing_or_of_another_shape_raises_with_file(tmp_path, met
         checkpoint.check_tensors(packed, checkpoint.read_header(packed))
 
 
-def test_integers_without_quantization_config_are_refused(tmp_path):
+def test_integer_tensors_without_quantization_config_are_refused(tmp_path):
     packed, _ = write_folders(tmp_path, "awq")
     shutil.copy(GOLDEN / "llama" / "config.json", packed)
     with pytest.raises(ValueError, match=naming(packed / "model.safetensors", "I32")):

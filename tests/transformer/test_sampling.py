@@ -128,7 +128,7 @@ def test_truncation_matches_sorting(params):
         assert (mask != expected).sum() <= has_mass
 
 
-def test_tied_tokens_are_kept_together():
+def test_truncation_keeps_tied_tokens_together():
     logits = np.array([3.0, 2.0, 2.0, 2.0, 1.0], np.float32)
     assert set(ids_of_seeds(logits, 200, top_k=2)) == {0, 1, 2, 3}
 
@@ -273,7 +273,7 @@ def test_logprobs_ignore_sampling_params_and_are_sorted():
         np.testing.assert_allclose(output.top_logprobs[b], expected[order], atol=1e-5)
 
 
-def test_row_is_bitwise_equal_in_every_batch_size():
+def test_sampled_row_is_bitwise_equal_in_every_batch_size():
     all_params = [
         SamplingParams(temperature=0.0),
         SamplingParams(seed=5),
@@ -318,7 +318,7 @@ def test_row_is_bitwise_equal_in_every_batch_size():
         ("logit_bias", {3: math.inf}),
     ],
 )
-def test_params_out_of_range_are_rejected_with_value(name, value):
+def test_sampling_params_out_of_range_are_rejected_with_value(name, value):
     invalid = value[3] if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=naming(name, invalid)):
         SamplingParams(**{name: value})

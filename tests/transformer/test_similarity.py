@@ -85,7 +85,7 @@ def test_probe_matches_scipy_optimum(rng):
     assert (probs.argmax(1) == labels).mean() > 0.7
 
 
-def test_larger_penalty_makes_smaller_weights(rng):
+def test_larger_l2_penalty_makes_smaller_probe_weights(rng):
     vectors = rng.normal(size=(40, 4)).astype(np.float32)
     labels = (vectors[:, 0] > 0).astype(np.int32)
     sizes = [

@@ -34,11 +34,12 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A case with implementations to override the defaults; several are compared in one run."""
+    """A case, and the implementations to measure it with; a run compares several contenders."""
 
     case: Case
     impl: str = "chosen"  # label in results; "chosen" means the default implementations
-    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation -> impl
+    # Implementations in place of the defaults: operation -> implementation.
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., np.ndarray]:

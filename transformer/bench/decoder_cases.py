@@ -50,7 +50,7 @@ MINILM = encoder.Config(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the models in the cases.
+    """Configs of the models that the cases run, and the number of cached tokens.
 
     Raises:
         ValueError: The context is too long for the model.
@@ -87,7 +87,7 @@ class Sizes:
 
 
 def bench_cases(sizes: Sizes) -> Iterator[Case]:
-    """Yield all cases: first those of single operations, then those of whole programs."""
+    """Yield all cases: single operations first, then whole programs (prefill, decode, embed)."""
     yield from _matmul(sizes.cfg)
     yield from _norm(sizes.cfg)
     yield from _rotate(sizes.cfg)
@@ -209,7 +209,7 @@ def _gated_mlp(cfg: Config) -> Iterator[Case]:
 
 
 def _experts(cfg: Config) -> Iterator[Case]:
-    """Yield cases with the experts of the config, or 8 of which a token takes 2."""
+    """Yield cases of the MLP with experts; without experts in the config, 8 with 2 per token."""
     num_experts, k = cfg.num_experts or 8, cfg.num_experts_per_tok or 2
     kind = cfg.mlp if cfg.mlp in GATED_MLPS else "swiglu"
     for dtype in DTYPES:

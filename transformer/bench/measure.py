@@ -96,7 +96,7 @@ class _CompiledContender:
         return max_error, max_error / max(float(np.max(np.abs(expected))), 1e-300)
 
     def sample(self, calls: int) -> float:
-        """Return the mean time of `calls` calls in seconds."""
+        """Call the program `calls` times; return the mean time of a call in seconds."""
         started = time.perf_counter()
         for _ in range(calls):
             self()
@@ -104,9 +104,11 @@ class _CompiledContender:
 
 
 def argument_sets(case: Case) -> list[tuple]:
-    """Return copies of the arguments, which calls use in turn so that cold ones are not cached.
+    """Return several sets of equal arguments, to use in turn.
 
-    The cold arguments of all copies together have at least `case.reuse_distance` bytes.
+    A model reads other weights between two uses of a weight, so the weight is no longer in the CPU
+    cache. Therefore each set has its own copy of the arguments `case.cold_argnums`. All copies
+    together have at least `case.reuse_distance` bytes.
     """
     first = case.inputs()
     cold_bytes = sum(leaf.nbytes for i in case.cold_argnums for leaf in jax.tree.leaves(first[i]))

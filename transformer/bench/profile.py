@@ -70,8 +70,8 @@ def profile_decode(
         For each dtype a dictionary {"format", "rows", "context", "step", "profiled", "roof",
         "stages": [{"stage", "seconds", "bytes", "roof"}]}. "format" is the dtype. Times are in
         seconds per step; the longest stage is first. "step" is measured without the profiler, and
-        "profiled" with it. "bytes" and "roof" are those to read; they are None for a stage that
-        reads little.
+        "profiled" with it. "bytes" are the bytes that a stage must read, and "roof" is the time
+        that reading them takes at peak bandwidth; both are None for a stage that reads little.
 
     Raises:
         RuntimeError: See `profile_step`.

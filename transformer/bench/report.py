@@ -16,7 +16,10 @@ from transformer.bench.peaks import Peaks, machine, measure_peaks
 
 
 def format_table(results: Sequence[Result], *, has_turns: bool = False) -> str:
-    """Format results as a text table; `has_turns` adds a column with the speedup over the first."""
+    """Format results as a text table.
+
+    With `has_turns`, the last column has the speedup over the first contender of the case.
+    """
     head = ["CASE", "IMPL", "MEDIAN", "MIN", "P80", "N", "GFLOP/S", "GB/S", "ROOFLINE"]
     head += ["OF ROOFLINE", "ERROR", "COMPILE"] + (["SPEED"] if has_turns else [])
     rows = []
@@ -65,7 +68,7 @@ def write(path: Path, about: Mapping[str, Any], results: Sequence[Result]) -> No
 
 
 def json_lines(about: Mapping[str, Any], results: Iterable[Result]) -> Iterator[str]:
-    """Yield the lines of a file of `write`, without line feeds."""
+    """Yield the lines that `write` writes to a file, without line feeds."""
     yield json.dumps({"machine": about})
     for result in results:
         yield json.dumps(dataclasses.asdict(result))

@@ -275,7 +275,10 @@ def _match_tensors(
 
 
 def _without_zero_biases(names: list[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """Return the names except biases of zeros, which GPTQ stores for layers without a bias."""
+    """Return the names of tensors without those of biases that are zero, and log these.
+
+    GPTQ files have such a bias for a linear map without a bias.
+    """
     zeros = [
         name
         for name in names
@@ -403,9 +406,15 @@ def _read(source: TensorSource, shape: tuple[int, ...], tensors, cfg: Config) ->
 def _slabs(
     weight: TensorSource, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor], cfg: Config
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, float32 rows) of the weight that `weight` describes, in order.
+    """Yield a weight in slabs: (index of the first row, float32 rows), in order.
 
     The rows of all experts are numbered consecutively: those of expert 1 follow those of expert 0.
+
+    Args:
+        weight: Source of the weight.
+        shape: Shape of the weight.
+        tensors: Tensors by name.
+        cfg: Config of the decoder.
     """
     if weight.has_experts:
         for e in range(shape[0]):
@@ -441,11 +450,11 @@ def _slabs_of_tensor(
 def _rotated_outputs(
     slabs: Iterable[tuple[int, np.ndarray]], shape: tuple[int, int]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Rotate an output projection, or the output projections of all experts one by one.
+    """Yield the slabs of an output projection, or of those of all experts, after its rotation.
 
     Args:
-        slabs: Slabs of the weight in order.
-        shape: Shape of one projection, [D, columns].
+        slabs: Slabs of the weight before the rotation, from `_slabs`.
+        shape: Shape of the projection, or of the projection of one expert: [D, columns].
     """
     num_rows, num_columns = shape
     columns = max(_SLAB_BYTES // (4 * num_rows), 1)

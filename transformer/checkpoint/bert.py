@@ -239,7 +239,10 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
 def _with_current_names(
     tensors: Mapping[str, LazyTensor], *, is_cross_encoder: bool
 ) -> dict[str, LazyTensor]:
-    """Return the tensors by their current names, without pretraining heads."""
+    """Return the tensors by the names that transformers uses today, without pretraining heads.
+
+    Names lose the prefix of the model type, and gamma and beta of a norm become weight and bias.
+    """
     unused = _PRETRAINING_HEADS if is_cross_encoder else (*_PRETRAINING_HEADS, *_MASKED_HEADS)
     renamed = {}
     for name, tensor in tensors.items():

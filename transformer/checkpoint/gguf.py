@@ -37,7 +37,7 @@ _SAMPLING_KEYS = {  # key after `general.sampling.` -> key of generation_config.
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a file: its shape, a function that reads a range of its rows, and its dtype."""
+    """A tensor of a file whose data is not read yet; `read` reads a range of its first axis."""
 
     shape: tuple[int, ...]  # outermost axis first, as in NumPy
     read: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, ...]
@@ -68,14 +68,18 @@ class _Reader:
         return self.take(self.number("<Q", item), item)
 
     def count(self, item: str, min_bytes: int) -> int:
-        """Read a number of items, and check that so many items of `min_bytes` fit in the rest."""
+        """Read and return the number of items that follow.
+
+        `item` names the items in error messages. An item has at least `min_bytes` bytes, so more
+        items than fit in the rest of the file are an error.
+        """
         count = self.number("<Q", item)
         if count * min_bytes > len(self.data) - self.offset:
             raise ValueError(f"{self.path}: damaged: {count} {item} do not fit in the file")
         return count
 
     def value(self, kind: int, item: str) -> Any:
-        """Read a metadata value; `kind` is its GGUF type number."""
+        """Read and return a metadata value; `kind` is its GGUF type number, `item` names it."""
         if kind == _STRING:
             return self.string(item).decode("utf-8", "replace")
         if kind in _SCALARS:
@@ -289,7 +293,7 @@ def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 
 @functools.cache
 def _can_dequantize(quantization: Any) -> bool:
-    """Whether the `gguf` package dequantizes a type; not integers, nor types of activations."""
+    """Whether the `gguf` package can dequantize a type (not types of integers or activations)."""
     import gguf
 
     _, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
@@ -306,7 +310,8 @@ def _row_reader(
     """Return the function `LazyTensor.read` of a tensor.
 
     Args:
-        raw: The bytes of the tensor, uint8 [rows of numbers, bytes per row].
+        raw: The bytes of the tensor, uint8 [rows, bytes per row]; the rows are those of the last
+            axis.
         shape: The shape of the tensor.
         quantization: The `GGMLQuantizationType` of the tensor.
     """

@@ -27,9 +27,9 @@ _VALUES = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)  # the hi
 def dequantize(
     config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Return a config without its MXFP4 quantization, and tensors that are floats when read.
+    """Return a config without its MXFP4 quantization, and tensors that are dequantized when read.
 
-    Another quantization, or none, is returned unchanged.
+    If the config has another quantization, or none, config and tensors are returned unchanged.
 
     Args:
         config: Content of config.json.
@@ -58,7 +58,13 @@ def dequantize(
 
 
 def _dequantized(name: str, blocks: LazyTensor, scales: LazyTensor) -> LazyTensor:
-    """Return the weight [E, C, R] of blocks [E, R, C / 32, 16] and scales [E, R, C / 32]."""
+    """Return a weight [E, C, R] that is made from its blocks and scales when it is read.
+
+    Args:
+        name: Name of the weight, for error messages.
+        blocks: [E, R, C / 32, 16].
+        scales: [E, R, C / 32].
+    """
     if len(scales.shape) != 3 or blocks.shape != (*scales.shape, 16):
         raise ValueError(
             f"{blocks.path}: {name}{BLOCKS} must have shape (experts, rows, blocks, 16) and "
@@ -69,7 +75,7 @@ def _dequantized(name: str, blocks: LazyTensor, scales: LazyTensor) -> LazyTenso
     def read(start: int, stop: int) -> np.ndarray:
         exponents = scales.read(start, stop).astype(np.int32)
         if (exponents == 255).any():
-            raise ValueError(f"{scales.path}: {name}{SCALES} has a scale that is not a number")
+            raise ValueError(f"{scales.path}: {name}{SCALES} has a scale of 255 (NaN)")
         pairs = blocks.read(start, stop).astype(np.uint8)
         numbers = _VALUES[np.stack([pairs & 15, pairs >> 4], axis=-1)]  # [E, R, C / 32, 16, 2]
         weight = np.ldexp(numbers, exponents[..., None, None] - 127)

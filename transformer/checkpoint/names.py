@@ -168,7 +168,14 @@ def _table(cfg: Config, scheme: str, architecture: str, names: Collection[str]) 
 
 
 def _first_rows(cfg: Config, table: dict[str, str]) -> dict[str, int]:
-    """Return the first row of each weight within a tensor that several weights share."""
+    """Return the first row of each weight in the tensor that it shares with other weights.
+
+    Weights with their own tensor are not in the dictionary.
+
+    Args:
+        cfg: Config of the decoder.
+        table: Field of `Layer` or `Params` -> tensor name.
+    """
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     rows = {}
     if table["q"] == table["k"]:
@@ -267,14 +274,15 @@ def tensor_sources(
 def tensors_of(
     source: TensorSource, shape: tuple[int, ...]
 ) -> Iterator[tuple[TensorSource, tuple[int, ...]]]:
-    """Yield the tensors of a weight, each with the shape of its part of the weight.
+    """Yield (source, shape) for each tensor that a weight is stored in.
 
     Args:
         source: Source of the weight.
         shape: Shape of the weight.
 
     Yields:
-        (source, shape) as given, or one pair per expert if each expert has its own tensor.
+        The arguments if the weight is in one tensor. If each expert has its own tensor, the source
+        of that tensor and the shape of one expert's weight, for each expert.
     """
     if "{e}" not in source.name:
         yield source, shape
@@ -284,15 +292,15 @@ def tensors_of(
 
 
 def rows_per_tensor(tree: Any, shapes: Any) -> dict[str, int]:
-    """Return the number of rows of each tensor: the sum over the weights that it contains.
+    """Return the number of rows that each tensor must have to contain its weights.
 
     Args:
         tree: Tree of `TensorSource`.
         shapes: The same tree with leaves that have a `.shape`.
 
     Returns:
-        Tensor name -> number of rows, after the transposition, of one expert where a tensor has
-        several.
+        Tensor name -> number of rows, after the transposition. Of a tensor with several experts,
+        the number of rows of one expert.
     """
     rows: dict[str, int] = {}
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shapes), strict=True)
@@ -304,7 +312,13 @@ def rows_per_tensor(tree: Any, shapes: Any) -> dict[str, int]:
 
 
 def rows_of(tensor: Any, source: TensorSource, count: int) -> Any:
-    """Return the `count` rows of a tensor that belong to the weight of `source`."""
+    """Return the rows of one weight from the tensor that contains it.
+
+    Args:
+        tensor: The tensor, already transposed if it is stored transposed.
+        source: Source of the weight.
+        count: Number of rows of the weight.
+    """
     first = source.first_row
     if not source.stride:
         return tensor[first : first + count]
@@ -313,10 +327,10 @@ def rows_of(tensor: Any, source: TensorSource, count: int) -> Any:
 
 
 def join_rows(source: TensorSource, weights: Sequence[np.ndarray]) -> np.ndarray:
-    """Join weights that share a tensor; the inverse of `rows_of`.
+    """Return the tensor that several weights share; the inverse of `rows_of`.
 
     Args:
-        source: Source of any of the weights.
+        source: Source of one of the weights, no matter which.
         weights: The weights, in the order of their first rows.
     """
     if not source.stride:

@@ -60,17 +60,18 @@ class _Rows(NamedTuple):
 def dequantize(
     config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Return a config without its quantization to integers, and tensors of float32.
+    """Return a config without its quantization, and tensors that are dequantized when read.
 
-    Another quantization, or none, is returned unchanged.
+    GPTQ, AWQ and packed integers of compressed-tensors are supported. If the config has another
+    quantization, or none, config and tensors are returned unchanged.
 
     Args:
         config: Content of config.json.
         tensors: Tensors by name; `read` of an integer tensor returns integers.
 
     Raises:
-        ValueError: A key has a value that is not supported, or a tensor is missing or has another
-            shape or dtype.
+        ValueError: A key has a value that is not supported, or a tensor is missing or has an
+            unexpected shape or dtype.
     """
     config, tensors = dict(config), dict(tensors)
     quantization = config.get(_KEY)
@@ -153,7 +154,7 @@ def _check_packed(quantization: Mapping[str, Any]) -> _MakeWeight:
 
 
 def _check_group_size(values: Mapping[str, Any], key: str, where: str = "") -> int:
-    """Return the number of inputs of a group, or 0 for one group."""
+    """Return the number of inputs that share a scale, or 0 if all inputs of an output do."""
     value = values.get(key)
     if value in (None, -1) and not isinstance(value, bool):
         return 0
@@ -280,7 +281,7 @@ def _weight(
 
 
 def _unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Return the integers of int32 words as uint8, in the place of the words along an axis."""
+    """Return the integers in int32 words as uint8; along `axis`, 32 / bits replace each word."""
     words = np.expand_dims(np.ascontiguousarray(words).view(np.uint32), axis + 1)
     shifts = np.arange(0, 32, bits, dtype=np.uint32).reshape((-1, 1) if axis == 0 else (1, -1))
     integers = (words >> shifts & np.uint32((1 << bits) - 1)).astype(np.uint8)
@@ -290,7 +291,7 @@ def _unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
 
 
 def _unpack_range(words: np.ndarray, start: int, stop: int, bits: int) -> np.ndarray:
-    """Return the integers `start` to `stop` of each column of words."""
+    """Return rows `start` to `stop` of the integers in words that are packed along axis 0."""
     per_word = 32 // bits
     first = start // per_word
     integers = _unpack(words[first : -(-stop // per_word)], bits, 0)
@@ -305,7 +306,10 @@ def _groups(
     scales: LazyTensor,
     axis: int = 0,
 ) -> np.ndarray:
-    """Return the group of each input: that of the file, or else equal runs of inputs."""
+    """Return the index of the group of each input.
+
+    It is `g_idx` if the file has it; else each run of `group_size` inputs is a group.
+    """
     num_groups = scales.shape[axis]
     if g_idx is None:
         group = np.arange(num_columns) // (group_size or num_columns)
@@ -326,11 +330,14 @@ def _groups(
 def _take(
     name: str, parts: Mapping[str, LazyTensor], names: tuple[str, ...]
 ) -> tuple[LazyTensor, ...]:
-    """Return the parts that a weight needs, with two axes and of integers except the scales."""
+    """Return the tensors `names` of a quantized weight, in this order.
+
+    Each must have two axes, and integers unless it has the scales.
+    """
     first = next(iter(parts.values()))
     if missing := [part for part in names if part not in parts]:
         raise ValueError(
-            f"{first.path}: {name}{missing[0]} is missing, a part of a quantized weight"
+            f"{first.path}: the tensor {name}{missing[0]} of a quantized weight is missing"
         )
     for part in names:
         if part == "shape":

@@ -93,10 +93,10 @@ def conversion_command(path: Path) -> str:
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """Return `model.safetensors` if it exists, else the shards that the index lists.
+    """Return a dictionary from each file with weights to the tensor names that it must contain.
 
-    The values are the tensor names that the index lists for each shard; none for a single file. As
-    in transformers, a stale index next to a single file is ignored.
+    If `model.safetensors` exists, it is the only file, without names: as in transformers, an index
+    next to it is ignored. Otherwise the files are the shards that the index lists.
     """
     single, index = folder / "model.safetensors", folder / _INDEX
     if single.exists():
@@ -211,7 +211,9 @@ def _scalar_reader(value: np.ndarray) -> Callable[[int, int], np.ndarray]:
 
 
 def _map_file(path: Path) -> Callable[[str], np.ndarray]:
-    """Return a function from the name of a tensor to its bytes, for dtypes that NumPy lacks.
+    """Map a safetensors file, and return a function from the name of a tensor to its bytes.
+
+    `safe_open` cannot convert tensors of 8-bit floats to NumPy.
 
     `safe_open` has already checked the size of the header, and that each tensor is inside the
     file.
@@ -224,7 +226,7 @@ def _map_file(path: Path) -> Callable[[str], np.ndarray]:
 
 
 def _mapped_reader(values: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    """Return the reader of a mapped tensor; integers are not copied."""
+    """Return `LazyTensor.read` of a mapped tensor, which does not copy integers."""
     if values.dtype in _INTEGERS.values():
         return lambda start, stop: values[start:stop]
     return lambda start, stop: np.asarray(values[start:stop]).astype(np.float32)

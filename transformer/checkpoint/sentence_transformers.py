@@ -82,7 +82,10 @@ def has_modules(folder: Path) -> bool:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """Return the folder of the transformer: the folder itself, or a folder in it in old models."""
+    """Return the folder with the transformer's config and weights.
+
+    It is the folder of the model itself, or, in old models, a folder in it (0_Transformer).
+    """
     modules = _read_list(folder) if has_modules(folder) else []
     return next((path for kind, path in modules if kind == "Transformer"), folder)
 
@@ -209,7 +212,7 @@ def _read_max_tokens(settings: Mapping[str, Any], key: str, path: Path) -> int |
 
 
 def _read_list(folder: Path) -> list[tuple[str, Path]]:
-    """Return the class name and the folder of each module."""
+    """Return the class name (such as "Pooling") and the folder of each module of `modules.json`."""
     path = folder / "modules.json"
     try:
         modules = json.loads(path.read_text("utf-8"))
@@ -219,7 +222,7 @@ def _read_list(folder: Path) -> list[tuple[str, Path]]:
         raise ValueError(f"{path}: must be a list of modules with type and path") from error
     for (_, name), names in zip(pairs, parts, strict=True):
         if Path(name).is_absolute() or ".." in names:
-            raise ValueError(f"{path}: a module must be in this folder, got {name!r}")
+            raise ValueError(f"{path}: the path of a module must be in this folder, got {name!r}")
     return [(kind, folder / name) for kind, name in pairs]
 
 
@@ -277,7 +280,7 @@ def _check_names(path: Path) -> None:
 
 
 def _read_prompts(path: Path) -> tuple[dict[str, str], str]:
-    """Return the prompts by name, and the default prompt."""
+    """Return the prompts by name, and the text of the default prompt ("" for none)."""
     value = safetensors.read_json_object(path) if path.is_file() else {}
     prompts, default = value.get("prompts") or {}, value.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(

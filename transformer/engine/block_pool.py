@@ -104,22 +104,26 @@ class BlockPool:
                 self._free.append(block)
 
     def cache(self, chunk_hash: bytes, block: int) -> None:
-        """Register the next chunk of a referenced block in the prefix cache.
+        """Register the next chunk of a block in the prefix cache; the block must have a reference.
 
-        If another block is registered for the hash already, nothing changes.
+        If a block is registered for this hash already, nothing changes.
+
+        Args:
+            chunk_hash: the hash of all tokens up to the end of the chunk, from `hash_chunks`.
+            block: the block that contains the keys and values of the chunk.
         """
         if chunk_hash not in self._block_by_hash:
             self._block_by_hash[chunk_hash] = block
             self._hashes_by_block.setdefault(block, []).append(chunk_hash)
 
     def find_cached(self, chunk_hashes: Sequence[bytes]) -> tuple[int, int] | None:
-        """Return the cached block that has the most of the given chunks.
+        """Return the cached block that begins with as many of the given chunks as possible.
 
         Args:
-            chunk_hashes: the hashes of the chunks of one block, in order.
+            chunk_hashes: the hashes of the chunks that one block can contain, in order.
 
         Returns:
-            The block and the number of its leading chunks that match; None if none matches.
+            The block, and the number of chunks that it begins with; None if no block has the first.
         """
         for count in range(len(chunk_hashes), 0, -1):
             if (block := self._block_by_hash.get(chunk_hashes[count - 1])) is not None:

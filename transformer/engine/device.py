@@ -136,7 +136,7 @@ class Device:
                 self.condition.notify_all()
 
     def _run_one(self) -> bool:
-        """Run one work item of one source. Return False when the device is closed."""
+        """Wait for a source with work, and run one work item of it; return False if closed."""
         with self.condition:
             while not (self._runnable or self._is_closed):
                 self.condition.wait()

@@ -60,7 +60,7 @@ class ModelRunner(Protocol):
         ...
 
     def decode(self, sequences: list[Sequence]) -> SampleOutput:
-        """Compute the last token of each sequence, and sample its next token."""
+        """Run the model on the last token of each sequence, and sample its next token."""
         ...
 
     def recover(self) -> bool:

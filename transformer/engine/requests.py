@@ -45,7 +45,7 @@ class GrammarMatcher(Protocol):
         ...
 
     def accept(self, token: int) -> None:
-        """Advance by a token that `token_bitmask` allowed.
+        """Append a token, which `token_bitmask` must allow, to the text of the sequence.
 
         Raises:
             GrammarError: the token is not allowed, or the grammar exceeds a limit.
@@ -57,7 +57,7 @@ class Grammar(Protocol):
     """A compiled grammar, which limits the tokens of any number of sequences."""
 
     def matcher(self) -> GrammarMatcher:
-        """Return the state before the first token."""
+        """Return a new matcher, in the state before the first token."""
         ...
 
 
@@ -127,7 +127,10 @@ class Token:
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """The event of log-probabilities of the next prompt tokens; the first prompt token has none."""
+    """The event with the prompt tokens of one chunk and their log-probabilities.
+
+    The first token of the prompt has no log-probability.
+    """
 
     tokens: tuple[Token, ...]
 

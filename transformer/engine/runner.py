@@ -228,7 +228,7 @@ class Runner:
         return _on_host(output)
 
     def decode(self, sequences: list[Sequence]) -> SampleOutput:
-        """Compute the last token of each sequence, and sample its next token.
+        """Run the model on the last token of each sequence, and sample its next token.
 
         Returns:
             The sampled tokens as arrays on the host. The first `len(sequences)` rows are those of
@@ -280,7 +280,10 @@ class Runner:
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
-    """Within the block, list an event per program this thread loads from JAX's cache on disk."""
+    """Yield a list that grows by one item per program that this thread loads from JAX's cache.
+
+    The list grows only within the `with` block.
+    """
     hits, thread = [], threading.get_ident()
 
     def on_event(event: str, **_: str | int) -> None:

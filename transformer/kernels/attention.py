@@ -116,9 +116,11 @@ def jax_nn(
 ) -> jax.Array:
     """Call `jax.nn.dot_product_attention`, for comparison."""
     if softcap is not None:
-        raise Unavailable(f"attend jax_nn has no soft cap on scores, got {softcap}")
+        raise Unavailable(f"the implementation attend jax_nn has no soft cap, got {softcap}")
     if sinks is not None:
-        raise Unavailable(f"attend jax_nn has no sinks, got sinks of {len(sinks)} heads")
+        raise Unavailable(
+            f"the implementation attend jax_nn has no sinks, got those of {len(sinks)} heads"
+        )
     local_window = None if window is None else (window - 1, 0)
     mask = None
     if segments is not None:

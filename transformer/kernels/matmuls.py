@@ -106,7 +106,9 @@ def pad_to_two_rows(
     call. Two rows use the fast kernel, which is 12 to 20 times as fast.
     """
     if len(rows) != 1:
-        raise Unavailable(f"matmul pad_to_two_rows takes one row, got {len(rows)}")
+        raise Unavailable(
+            f"the implementation matmul pad_to_two_rows takes one row, got {len(rows)}"
+        )
     _reject_int8("pad_to_two_rows", weight)
     return batched(_pad_to_two(rows), weight)[:1]
 
@@ -115,7 +117,9 @@ def pad_to_two_rows(
 def int8(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """Quantize the rows to int8 with one scale per row, then multiply in exact integer math."""
     if weight.dtype != jnp.int8 or scale is None:
-        raise Unavailable(f"matmul int8 takes int8 weights with scales, got {weight.dtype}")
+        raise Unavailable(
+            f"the implementation matmul int8 takes int8 weights with scales, got {weight.dtype}"
+        )
     num_rows = len(rows)
     if num_rows == 1:
         rows = _pad_to_two(rows)
@@ -131,4 +135,4 @@ def _pad_to_two(row: jax.Array) -> jax.Array:
 
 def _reject_int8(impl: str, weight: jax.Array) -> None:
     if weight.dtype == jnp.int8:
-        raise Unavailable(f"matmul {impl} takes float weights, got int8")
+        raise Unavailable(f"the implementation matmul {impl} takes float weights, got int8")

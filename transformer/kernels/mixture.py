@@ -33,7 +33,7 @@ def reference(
     kind: str,
     limit: float | None = None,
 ) -> jax.Array:
-    """Compute every expert for every token by the definition, in the precision of `x`."""
+    """Compute the experts by the definition: every expert for every token, at `x`'s precision."""
     y = jnp.zeros_like(x)
     for e in range(gate.weight.shape[0]):
         weight = jnp.sum(weights * (chosen == e), axis=-1, keepdims=True)  # [R, 1]
@@ -52,7 +52,7 @@ def sorted_blocks(
     kind: str,
     limit: float | None = None,
 ) -> jax.Array:
-    """Compute blocks of rows that share an expert, and only for the experts that have rows."""
+    """Compute the experts in blocks of rows with the same expert, without unused experts."""
     (num_rows, k), num_experts = chosen.shape, gate.weight.shape[0]
     num_pairs, size = num_rows * k, min(num_rows, _MAX_BLOCK)
     expert = chosen.reshape(-1)  # [P], of each pair
@@ -92,5 +92,5 @@ def sorted_blocks(
 def _expert(
     e: jax.Array | int, gate: Linear, up: Linear, down: Linear
 ) -> tuple[Linear, Linear, Linear]:
-    """Return the linear maps of one expert."""
+    """Return the linear maps gate, up and down of expert `e`."""
     return jax.tree.map(lambda array: array[e], (gate, up, down))

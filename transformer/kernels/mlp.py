@@ -62,7 +62,10 @@ def unfused(
 
 
 def multiply_gate(gate: jax.Array, up: jax.Array, kind: str, limit: float | None) -> jax.Array:
-    """Return the product of the activated gate and `up`; see `kernels.gated_mlp`."""
+    """Return `activation(gate) * up` elementwise, or its variant for "swiglu_oai".
+
+    `kernels.gated_mlp` describes `kind` and `limit`.
+    """
     if kind != "swiglu_oai":
         return activation(kind)(gate) * up
     assert limit is not None

@@ -44,7 +44,7 @@ def norm(
         x: float32 [..., D].
         scale: float32 [D].
         bias: float32 [D] or None.
-        eps: Added to the mean of squares.
+        eps: Added to the variance (layer norm) or to the mean of squares (RMS norm).
         impl: Name of the implementation; None means the default.
 
     Returns:
@@ -193,7 +193,7 @@ def experts(
     Args:
         x: float32 [B, T, D].
         weights: Weight of each chosen expert, float32 [B, T, k].
-        chosen: Number of each chosen expert, int32 [B, T, k]; the k numbers of a token differ.
+        chosen: Index of each chosen expert, int32 [B, T, k]; the k indices of a token differ.
         gate: Linear maps [E, F, D], whose biases are [E, F].
         up: Linear maps [E, F, D].
         down: Linear maps [E, D, F].
@@ -239,7 +239,15 @@ def truncate(
 
 
 def linear(x: jax.Array, p: Linear) -> jax.Array:
-    """Apply `p` and its adapter to the last axis: float32 [..., in] -> float32 [..., out]."""
+    """Apply a linear map and its LoRA adapter, if any, to the last axis of `x`.
+
+    Args:
+        x: float32 [..., in].
+        p: Weights of the linear map.
+
+    Returns:
+        float32 [..., out].
+    """
     rows = x.reshape(-1, x.shape[-1])  # [R, in]
     y = matmul(rows, p.weight, p.scale)  # [R, out]
     if p.bias is not None:
@@ -251,7 +259,7 @@ def linear(x: jax.Array, p: Linear) -> jax.Array:
 
 
 def _without_none(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments that are not None, so that implementations can lack an option."""
+    """Return the arguments that are not None, so that implementations need not take the others."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 

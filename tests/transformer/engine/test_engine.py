@@ -186,7 +186,7 @@ def test_generate_one_request_yields_expected_events(setup):
     assert setup.is_free()
 
 
-def test_stream_same_request_equals_generate(setup):
+def test_stream_yields_same_events_as_generate(setup):
     request = make_request(1, 2, 3, max_tokens=7, top_logprobs=2)
     assert asyncio.run(collect(setup.engine, request)) == list(setup.engine.generate(request))
 
@@ -439,7 +439,7 @@ def test_prefix_cache_disabled_neither_reads_nor_writes(setup):
     assert count_cached_tokens(setup, *prompt) == 20
 
 
-def test_prefix_cache_choices_of_one_prompt_prefill_once(setup):
+def test_prefix_cache_prefills_prompt_of_four_choices_once(setup):
     setup.runner.gate.clear()
     events = [setup.start(make_request(*range(17), index=i)) for i in range(4)]
     wait_until(lambda: setup.num_accepted() == 4)
@@ -550,7 +550,7 @@ def test_on_speed_is_called_only_for_request_that_ran_alone():
 
 
 @pytest.mark.filterwarnings("ignore:Exception in thread device")
-def test_device_dead_fails_running_and_new_requests(setup):
+def test_device_thread_ended_fails_running_and_new_requests(setup):
     setup.runner.gate.clear()
     events = setup.start(make_request(1))
     wait_until(lambda: setup.runner.is_waiting)
@@ -697,7 +697,7 @@ def test_grammar_failure_ends_only_its_own_sequence(setup, failing_step):
     assert setup.is_free()
 
 
-def test_grammar_of_preempted_sequence_starts_again():
+def test_grammar_of_preempted_sequence_accepts_its_tokens_again():
     setup = EngineFixture(slots=4, blocks=8)
     grammars = [FakeGrammar(length=40) for _ in range(6)]
 

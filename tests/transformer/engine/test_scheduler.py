@@ -93,7 +93,7 @@ def check_invariants(scheduler, slots, blocks):
     assert rounds == sorted(rounds)
 
 
-def test_schedule_without_sequences_is_none():
+def test_schedule_without_sequences_returns_none():
     idle = make_scheduler()
     assert idle.is_idle and idle.schedule() is None
 
@@ -388,7 +388,9 @@ IDS = st.tuples(st.integers(0, 12), st.sampled_from([0, 1]), st.integers(0, 3)).
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 4), st.integers(8, 11), st.integers(1, 4), st.data())
-def test_random_actions_leak_nothing_and_all_sequences_end(slots, blocks, max_batch_size, data):
+def test_random_actions_leak_no_slots_or_blocks_and_all_sequences_end(
+    slots, blocks, max_batch_size, data
+):
     """Submit, cancel and compute in random order; one sequence alone always fits."""
     s = make_scheduler(slots=slots, blocks=blocks, waiting=8)
     ended = Counter()
