@@ -65,7 +65,7 @@ class Measures:
     bytes: int
 
     def per_token(self, amount: int) -> float:
-        """Return `amount` divided by the number of tokens; 0 without tokens."""
+        """Return `amount`, such as `words`, divided by `tokens`; 0 without tokens."""
         return amount / self.tokens if self.tokens else 0.0
 
 

@@ -204,7 +204,7 @@ class PieceCache:
 
     @property
     def num_added_ids(self) -> int:
-        """The number of ids of the pieces that were added later."""
+        """The number of ids of the pieces that were added after the creation of the cache."""
         return self._ids.size - self._num_initial_ids
 
     def find(self, data: bytes, uint64s: Uint64s, begin: Ints, length: Ints) -> Ints:

@@ -33,7 +33,7 @@ class Sequential:
     steps: tuple[Step, ...]
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         for step in self.steps:
             text = step(text, position)
         return text
@@ -46,7 +46,7 @@ class Prepend:
     prefix: str
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         return self.prefix + text if text and position != "inside" else text
 
 
@@ -59,7 +59,7 @@ class Replace:
     is_regex: bool = False
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         if not self.is_regex:
             return text.replace(self.pattern, self.content)
         parts, end = [], 0
@@ -91,7 +91,7 @@ class SentencePieceNormalizer:
     whitespace_as_suffix: bool = False
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         if not text:
             return text
         if self.charsmap is not None:
@@ -132,7 +132,7 @@ class UnicodeForm:
     form: Literal["NFC", "NFD", "NFKC", "NFKD"]
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         return text if text.isascii() else unicodedata.normalize(self.form, text)
 
 
@@ -144,7 +144,7 @@ class Strip:
     right: bool
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         text = text.lstrip(WHITESPACE) if self.left else text
         return text.rstrip(WHITESPACE) if self.right else text
 
@@ -154,7 +154,7 @@ class Lowercase:
     """Convert letters to lower case, each without regard to its neighbors."""
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         return text.replace("\u03a3", "\u03c3").lower()  # Python's lower knows the final sigma
 
 
@@ -163,7 +163,7 @@ class StripAccents:
     """Remove combining marks."""
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         if text.isascii():
             return text
         # The tables of Python are as old as those of tokenizers, unlike those of `regex`.
@@ -177,7 +177,7 @@ class Precompiled:
     charsmap: Charsmap
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         return self.charsmap.replace_graphemes(text)
 
 
@@ -186,7 +186,7 @@ class Nmt:
     """Remove control characters and replace other whitespace by spaces (`Nmt` of tokenizers)."""
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         return text.translate(_NMT)
 
 
@@ -202,7 +202,7 @@ class JoinWords:
     """Put one space before every word and remove other whitespace (WhitespaceSplit, Metaspace)."""
 
     def __call__(self, text: str, position: str) -> str:
-        """Return the normalized text."""
+        """Return the normalized text, given its position in a longer text (`Position`)."""
         words = text.translate(_TO_SPACE).split(" ")
         return "".join(
             word if word.startswith(SPACE_SYMBOL) else " " + word for word in words if word

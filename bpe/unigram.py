@@ -149,7 +149,7 @@ class Unigram:
         return ids
 
     def encode_batch(self, segments: list[bytes], merge: BatchMerge) -> tuple[Ids, Ints]:
-        """Return the concatenated ids of segments, and the number of ids of each."""
+        """Return the concatenated ids of segments, and the id count of each; ignore `merge`."""
         results = [self.encode(segment.decode()) for segment in segments]
         ids = np.array(list(itertools.chain.from_iterable(results)), np.uint32)
         return ids, np.array(list(map(len, results)), np.intp)

@@ -627,8 +627,8 @@ def _pop_rope(rest: dict[str, Any], fields: dict[str, Any], family: Family) -> N
     if rope and rope.keys() <= _LAYER_TYPES:
         if "rope_local_base_freq" not in rest:
             raise ValueError(
-                "rope_parameters must be one object for all layers in this model type, got objects "
-                f"for {', '.join(rope)}"
+                "rope_parameters must be one object for all layers in this model type, got one "
+                f"object per layer type ({', '.join(rope)})"
             )
         for key, value in rope.items():
             if not isinstance(value, Mapping):

@@ -288,7 +288,7 @@ _SPECIAL_LOOKING |= {"<start_of_turn>", "<end_of_turn>"}
 
 
 def looks_special(token: str) -> bool:
-    """Return whether a token that a file does not declare as special looks like one (llama.cpp).
+    """Return whether a token looks special although its file does not say so, as in llama.cpp.
 
     The turns of a conversation depend on such tokens, so user text must not produce them.
     """
