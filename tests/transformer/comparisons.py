@@ -38,7 +38,7 @@ def reference(name: str) -> tuple[Any, Any]:
 
     from tests.golden.transformer import make_tiny
 
-    config = make_tiny.CONFIGS[name]
+    config = copy.deepcopy(make_tiny.CONFIGS[name])
     config.pad_token_id = None  # torch computes no gradient for the embedding of this token
     if name == "gpt2":
         config.n_positions = 512
