@@ -127,6 +127,8 @@ class Generation:
         request_context: The client and the timeout; receives token counts and times.
         is_likelihood_scored: Whether the choices are scored or ranked by likelihood; see
             `generation_config.resolve_params`.
+        output_grammar: The field of the request that limits the output, for messages, and the
+            grammar; None for the format that the body asks for.
 
     Raises:
         APIError: 400 for a logit_bias that does not fit the vocabulary, too many choices, or an
@@ -142,6 +144,7 @@ class Generation:
         top_logprobs: int | None,
         request_context: RequestContext,
         is_likelihood_scored: bool = False,
+        output_grammar: tuple[str, Grammar] | None = None,
     ):
         if len(prompts) * choices_per_prompt > MAX_CHOICES:
             raise APIError(
@@ -153,7 +156,7 @@ class Generation:
             )
         imitated = imitated_encoding(body.model, model.id, is_pattern=request_context.is_pattern)
         params = sampling_params(body, model, imitated, is_likelihood_scored=is_likelihood_scored)
-        output_grammar = compile_output_grammar(body, model)
+        output_grammar = output_grammar or compile_output_grammar(body, model)
         self.format_param, grammar = output_grammar or (None, None)
         own_stop_ids = frozenset(
             native_token_ids(body.stop_token_ids, body.model, model, "stop_token_ids", imitated)

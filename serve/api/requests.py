@@ -307,14 +307,75 @@ Content = Annotated[
 ]
 
 
+class CalledFunction(Body):
+    """The name of a called function and its arguments: JSON text, or an object from some agents."""
+
+    name: str
+    arguments: Annotated[
+        Annotated[str, Tag("a string")] | Annotated[dict[str, Any], Tag("an object")],
+        Discriminator(tag),
+    ] = "{}"
+
+
+class MessageToolCall(Body):
+    """A call of a tool in a message of the assistant."""
+
+    id: str = ""
+    type: str = "function"
+    function: CalledFunction | None = None
+
+
 class Message(Body):
-    """A message of a conversation: its role and its content."""
+    """A message of a conversation: its role, its content, and calls of tools or their results."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Content | None = None
-    name: Annotated[str | None, UNUSED] = None
-    tool_calls: list[Any] = []
-    function_call: Any = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] = []
+    tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
+
+
+class FunctionDefinition(Body):
+    """A function that the model may call: its name, description, and parameters (JSON schema)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionName(Body):
+    """The name of a function."""
+
+    name: str
+
+
+class Tool(Body):
+    """A tool. Only functions are supported."""
+
+    type: str
+    function: FunctionDefinition | None = None
+
+
+class ToolName(Body):
+    """A reference to a tool."""
+
+    type: str
+    function: FunctionName | None = None
+
+
+class AllowedTools(Body):
+    """The tools that can be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolName], Field(min_length=1, max_length=128, fail_fast=True)]
+
+
+class ToolChoice(ToolName):
+    """The tool that must be called, or several that can be."""
+
+    allowed_tools: AllowedTools | None = None
 
 
 class PromptCacheOptions(Body):
@@ -349,10 +410,25 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: Annotated[
         dict[str, Any], Field(max_length=64, description="Variables of the chat template.")
     ] = {}
-    tools: list[Any] = []
-    tool_choice: Any = None
-    functions: list[Any] = []
-    function_call: Any = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] = []
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("a string")]
+            | Annotated[ToolChoice, Tag("an object")],
+            Discriminator(tag),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool = True
+    functions: Annotated[list[FunctionDefinition], Field(max_length=128, fail_fast=True)] = []
+    function_call: (
+        Annotated[
+            Annotated[Literal["none", "auto"], Tag("a string")]
+            | Annotated[FunctionName, Tag("an object")],
+            Discriminator(tag),
+        ]
+        | None
+    ) = None
     metadata: dict[str, str] | None = None
     safety_identifier: Annotated[str | None, Field(max_length=64), UNUSED] = None
     prompt_cache_key: Annotated[str | None, UNUSED] = None
@@ -367,5 +443,4 @@ class ChatBody(GenerationBody):
     reasoning_effort: Annotated[
         Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None, UNUSED
     ] = None
-    parallel_tool_calls: Annotated[bool, UNUSED] = True
     prediction: Annotated[Prediction | None, UNUSED] = None

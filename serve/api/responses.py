@@ -70,6 +70,7 @@ class Model(ResponseModel):
     max_model_len: Count | None
     dtype: str | None
     capabilities: list[str]
+    tools: Literal["trained", "prompted"] | None  # whether the chat template has tools
 
 
 class Models(ListResponse[Model]):
@@ -233,12 +234,32 @@ class ChatLogprobs(ResponseModel):
     refusal: None
 
 
+class FunctionCall(ResponseModel):
+    """A called function, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(ResponseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(ResponseModel):
-    """The message that the model generated."""
+    """The message that the model generated: text, calls of tools, or both."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None  # for a request with `functions`
+
+
+ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatChoice(ResponseModel):
@@ -247,7 +268,7 @@ class ChatChoice(ResponseModel):
     index: Count
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(ResponseModel):
@@ -265,11 +286,29 @@ class ChatCompletion(ResponseModel):
     prompt_logprobs: PromptLogprobs | None = None
 
 
+class FunctionCallDelta(ResponseModel):
+    """The next part of a called function: first its name, then pieces of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(ResponseModel):
+    """The next part of a call of a tool; the first one has its id and type."""
+
+    index: Count
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
+
+
 class ChatDelta(ResponseModel):
-    """The next text of a streamed answer; its first event has the role."""
+    """The next text or call of a streamed answer; its first event has the role."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionCallDelta | None = None
 
 
 class ChatChunkChoice(ResponseModel):
@@ -278,7 +317,7 @@ class ChatChunkChoice(ResponseModel):
     index: Count
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatChunk(ResponseModel):

@@ -58,8 +58,17 @@ async def refresh_models(request: Request) -> None:
     await state_of(request).registry.refresh()
 
 
-async def get_loaded_model(request: Request, name: str, model_class: type[M]) -> M:
+async def get_loaded_model(
+    request: Request, name: str, model_class: type[M], *, needs_tools: bool = False
+) -> M:
     """Return the loaded model with an id or alias, which must be of class ``model_class``.
+
+    Args:
+        request: The request.
+        name: The id or alias.
+        model_class: The class of the model.
+        needs_tools: Whether an alias stands for the server's model for tools, unless its own model
+            was trained to call tools.
 
     Raises:
         UnknownModel: No model has this name.
@@ -68,6 +77,8 @@ async def get_loaded_model(request: Request, name: str, model_class: type[M]) ->
             The message names a model for this task.
     """
     registry, kind = state_of(request).registry, KINDS[model_class.kind]
+    if needs_tools:
+        name = registry.resolve_for_tools(name)
     if (spec := registry.resolve(name)).kind != kind.name:  # checked before loading
         candidates = [model.id for model in registry.list_models() if model.kind == kind.name]
         hint = f"Use `{candidates[0]}`." if candidates else "No model on this server does."

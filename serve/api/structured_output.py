@@ -36,9 +36,19 @@ def compile_output_grammar(
         APIError: 400 if several fields set a format, or for a grammar that has an error, is not
             supported, or is too large.
     """
-    sources = list(_sources(body))
-    if not sources:
+    if (output := output_source(body)) is None:
         return None
+    param, source = output
+    return param, compile_grammar(param, source, model)
+
+
+def output_source(body: GenerationBody) -> tuple[str, GrammarSource] | None:
+    """Return the field of a request that sets the output format, and its grammar.
+
+    Raises:
+        APIError: 400 if several fields set a format, or for a schema that is not supported.
+    """
+    sources = list(_sources(body))
     if len(sources) > 1:
         first, second = sources[0][0], sources[1][0]
         raise APIError(
@@ -47,8 +57,7 @@ def compile_output_grammar(
             param=second,
             code="invalid_value",
         )
-    ((param, source),) = sources
-    return param, compile_grammar(param, source, model)
+    return sources[0] if sources else None
 
 
 def compile_grammar(param: str, source: GrammarSource, model: DecoderModel) -> CompiledGrammar:
@@ -71,7 +80,12 @@ def grammar_error(param: str, reason: str) -> APIError:
 
 
 def schema_source(param: str, schema: Any) -> GrammarSource:
-    """Return the source of a JSON schema.
+    """Return the source of a JSON schema; arguments and errors as `checked_schema`."""
+    return GrammarSource.from_schema(checked_schema(param, schema))
+
+
+def checked_schema(param: str, schema: Any) -> dict[str, Any]:
+    """Return a JSON schema in the form in which it limits the output.
 
     Args:
         param: the path of the field, for messages.
@@ -95,7 +109,7 @@ def schema_source(param: str, schema: Any) -> GrammarSource:
     # The branches of an allOf add properties to each other, so they stay open.
     if not any("allOf" in subschema for subschema in subschemas):
         schema = _close_objects(schema)
-    return GrammarSource.from_schema(schema)
+    return schema
 
 
 def _sources(body: GenerationBody) -> Iterator[tuple[str, GrammarSource]]:

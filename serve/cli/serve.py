@@ -200,6 +200,7 @@ def _open_registry(
         known_models.aliases,
         patterns=known_models.patterns,
         memory_limit=server_settings.memory_limit,
+        tools_model=known_models.tools,
         not_pulled=known_models.models if serve_pulled else (),
         adapter_specs=resolve.AdapterSpecs(
             server_settings.home, server_settings.cache_budget, paths

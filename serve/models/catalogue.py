@@ -125,9 +125,18 @@ class NamePattern:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Models by id, aliases and patterns of their names, and the id of the default model."""
+    """Models by id, aliases and patterns of their names, and the default models.
+
+    Attributes:
+        default: the id of the default model.
+        tools: the id of the model that answers requests with tools under an alias.
+        models: the models, by id.
+        aliases: ids, by alias.
+        patterns: patterns of names; they come after ids and aliases.
+    """
 
     default: str
+    tools: str
     models: Mapping[str, CatalogueEntry]
     aliases: Mapping[str, str]
     patterns: tuple[NamePattern, ...] = ()
@@ -145,7 +154,7 @@ def load(config: Path | None = None) -> Catalogue:
     Raises:
         CatalogueError: a file is not TOML, or a key is missing, unknown or has a wrong value.
     """
-    default = ""
+    default = tools = ""
     models: dict[str, CatalogueEntry] = {}
     encoders: dict[str, str] = {}
     aliases: dict[str, str] = {}
@@ -159,6 +168,7 @@ def load(config: Path | None = None) -> Catalogue:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise CatalogueError(f"{path}: {error}") from None
         default = top.take("default", str, default)
+        tools = top.take("tools", str, tools)
         for id, table in top.take("models", dict, {}).items():
             row = _Table(f"{path}: models.{id}.", table)
             encoders[id] = row.take("encoder", str, "")
@@ -186,7 +196,7 @@ def load(config: Path | None = None) -> Catalogue:
         if name:
             models[id] = replace(models[id], encoder=models[name])
     targets = {name: pattern.model for pattern in patterns for name in pattern.names}
-    for name, id in {**targets, **aliases, "default": default}.items():
+    for name, id in {**targets, **aliases, "default": default, "tools": tools}.items():
         if id not in models:
             raise CatalogueError(
                 f"{files[-1]}: {name!r} is an alias of {id!r}, which is not a model: use one of "
@@ -196,7 +206,7 @@ def load(config: Path | None = None) -> Catalogue:
         raise CatalogueError(
             f"{files[-1]}: {min(duplicates)!r} is both an alias and a model: rename one of them"
         )
-    return Catalogue(default, models, aliases, patterns)
+    return Catalogue(default, tools, models, aliases, patterns)
 
 
 class _Table:

@@ -17,7 +17,16 @@ import bpe
 from serve.models import benchmarks, dtypes, fingerprint, generation_config
 from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.grammar import GrammarCompiler
-from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
+from serve.models.spec import (
+    Example,
+    Kind,
+    LoadOptions,
+    ModelFiles,
+    ModelSpec,
+    ToolSupport,
+    stamp_of,
+)
+from serve.models.tool_calls import Notation, detect_notation, is_harmony
 from transformer import checkpoint, lora
 from transformer.checkpoint import Dtype
 from transformer.checkpoint.gguf import split_files
@@ -72,6 +81,16 @@ class DecoderModel:
     def grammar_compiler(self) -> GrammarCompiler:
         """Return the compiler of grammars for the vocabulary; built at the first use."""
         return GrammarCompiler(self.tokenizer)
+
+    @functools.cached_property
+    def tool_notation(self) -> Notation | None:
+        """Return the notation for tool calls that the chat template has; None for none of ours."""
+        return detect_notation(self.tokenizer.chat_template)
+
+    @functools.cached_property
+    def tools(self) -> ToolSupport | None:
+        """Return how the model calls tools; None if it does not chat."""
+        return tool_support(self.tokenizer.chat_template)
 
     @property
     def is_idle(self) -> bool:
@@ -263,9 +282,13 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     sha256 = files.entry.files[0].sha256 if files.entry and is_verified else None
     accepted_dtypes = files.entry.dtypes if files.entry else ()
     capabilities = files.entry.serves if files.entry else ()
+    if is_verified and not files.path.is_dir():
+        template = chat_template_of_gguf(header.metadata)  # without reading the vocabulary
+    else:
+        template = read_tokenizer(files.path, header).chat_template
     if not is_verified:  # an unchecked file: report damage before a server starts
         checkpoint.check_tensors(files.path, header)
-        if read_tokenizer(files.path, header).chat_template is None:
+        if template is None:
             capabilities = ("completions",)
     defaults = {}
     if options.sampling_defaults == "model":
@@ -322,7 +345,25 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         default_sampling=defaults,
         context=cfg.max_seq_len,
         capabilities=capabilities,
+        tools=tool_support(template),
     )
+
+
+def chat_template_of_gguf(metadata: Mapping[str, Any]) -> bpe.ChatTemplate | None:
+    """Return the chat template of a GGUF file, without special tokens."""
+    source, tool_use = (
+        metadata.get(key) for key in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
+    )
+    if source is None:
+        return None
+    return bpe.ChatTemplate(source, tool_use_template=tool_use and bpe.ChatTemplate(tool_use))
+
+
+def tool_support(template: bpe.ChatTemplate | None) -> ToolSupport | None:
+    """Return how a model with this chat template calls tools; None if it cannot call tools."""
+    if template is None or is_harmony(template):
+        return None
+    return "prompted" if detect_notation(template) is None else "trained"
 
 
 def load_default_sampling(

@@ -16,7 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import llguidance
 import numpy as np
@@ -24,9 +24,19 @@ import numpy as np
 import bpe
 from transformer.engine import GrammarError
 
-GrammarFormat = Literal["json_schema", "regex", "grammar"]
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+GrammarFormat = Literal["json_schema", "regex", "grammar", "lark"]
 MAX_CACHED_GRAMMARS = 64  # compiled grammars kept per model
 MAX_GRAMMAR_BYTES = 2**18  # of a schema, a regular expression or a grammar
+_JSON_OPTIONS: JsonCompileOptions = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "lenient": False,  # refuse keywords that are not implemented
+    "coerce_one_of": False,  # refuse a oneOf whose branches overlap
+}
 # Error messages without the state of the parser, which contains the whole grammar.
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 
@@ -36,8 +46,8 @@ class GrammarSource:
     """The text of a grammar.
 
     Attributes:
-        format: "json_schema"; "regex", in the syntax of Rust's regex crate; or "grammar", in GBNF
-            or in llguidance's variant of Lark.
+        format: "json_schema"; "regex", in the syntax of Rust's regex crate; "lark", in llguidance's
+            variant of Lark; or "grammar", in that or in GBNF.
         text: the grammar.
     """
 
@@ -54,6 +64,11 @@ class GrammarSource:
         """Return the source of a grammar that allows exactly the given strings."""
         alternatives = " | ".join(json.dumps(choice) for choice in choices)
         return cls("grammar", f"start: {alternatives}")
+
+
+def lark_schema(schema: Mapping[str, Any]) -> str:
+    """Return a JSON schema as an expression of llguidance's variant of Lark."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
 class Matcher:
@@ -148,13 +163,7 @@ class GrammarCompiler:
             if source.format == "json_schema":
                 grammar = llguidance.LLMatcher.grammar_from_json_schema(
                     source.text,
-                    overrides={
-                        "item_separator": ", ",
-                        "key_separator": ": ",
-                        "whitespace_flexible": False,
-                        "lenient": False,  # refuse keywords that are not implemented
-                        "coerce_one_of": False,  # refuse a oneOf whose branches overlap
-                    },
+                    overrides=_JSON_OPTIONS,
                 )
             else:
                 grammar = llguidance.grammar_from(source.format, source.text)

@@ -85,6 +85,7 @@ class Registry:
         adapter_specs: returns the current fine-tuned models by id. Those whose base is not served
             are not served either.
         pulled_specs: returns the current pulled models by id, besides `models`.
+        tools_model: the id of the model that answers requests with tools under an alias.
 
     Raises:
         ValueError: `models` is empty, or an id occurs twice.
@@ -100,6 +101,7 @@ class Registry:
         not_pulled: Collection[str] = (),
         adapter_specs: Specs = dict,
         pulled_specs: PulledSource | None = None,
+        tools_model: str | None = None,
     ):
         if not models:
             raise ValueError("models is empty: a server needs at least one model")
@@ -114,6 +116,7 @@ class Registry:
         )  # number of the last request for each model
         self._use_counter = itertools.count(1)
         self._aliases, self._patterns = dict(aliases), tuple(patterns)
+        self._tools_model = tools_model
         self._memory_limit, self._not_pulled = memory_limit, frozenset(not_pulled)
         self._loading: dict[str, asyncio.Future[LoadedModel]] = {}
         # A separate thread: waiting loads must not occupy the threads that prepare requests.
@@ -185,6 +188,25 @@ class Registry:
             raise UnknownModel(name, id if id in self._not_pulled else None)
         return self._loaded.get(id, self._models[id])
 
+    def resolve_for_tools(self, name: str) -> str:
+        """Return the id of the model that answers a request with tools under this name.
+
+        An id stands for its model. An alias stands for the model for tools, if that is served, and
+        the model of the alias was not trained to call tools.
+
+        Raises:
+            UnknownModel: no served model has this id or alias.
+        """
+        model = self.resolve(name)
+        is_alias = name not in self._models
+        if (
+            is_alias
+            and self._tools_model in self._models
+            and getattr(model, "tools", None) != "trained"
+        ):
+            return self._tools_model
+        return model.id
+
     def spec(self, name: str) -> ModelSpec | None:
         """Return the spec for an id or alias; None for a model that was passed in loaded.
 
@@ -228,7 +250,8 @@ class Registry:
                     if (base := self._models.get(spec.base)) is None:
                         continue
                     sampling = getattr(base, "default_sampling", {})
-                    spec = replace(spec, default_sampling=sampling)
+                    tools = getattr(base, "tools", None)
+                    spec = replace(spec, default_sampling=sampling, tools=tools)
                 if known.get(id) != specs[id] and id in known:  # pulled again, as another commit
                     self._models[id] = spec
                     self._loaded.pop(id, None)

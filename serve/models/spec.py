@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from serve.models import generation_config
 from serve.models.catalogue import CatalogueEntry
@@ -38,6 +38,10 @@ class ModelFiles:
     entry: CatalogueEntry | None = None
     adapter: Path | None = None
     encoder: Path | None = None
+
+
+# In the notation that the model was trained with, or in one that the prompt explains.
+ToolSupport = Literal["trained", "prompted"]
 
 
 class LoadedModel(Protocol):
@@ -109,6 +113,7 @@ class ModelSpec:
         default_sampling: default sampling parameters, if the model generates text.
         context: the maximum number of tokens, if it is known before loading.
         capabilities: the API tasks, as `serves` in `models.toml`; empty for all tasks of its kind.
+        tools: how the model calls tools; None if it does not chat.
     """
 
     id: str
@@ -123,6 +128,7 @@ class ModelSpec:
     default_sampling: Mapping[str, float] = field(default_factory=dict)
     context: int | None = None
     capabilities: tuple[str, ...] = ()
+    tools: ToolSupport | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,9 +40,12 @@ def engine(model: DecoderModel) -> scripted.ScriptedEngine:
 
 @pytest.fixture(scope="session")
 def tiny_address(tmp_path_factory) -> Iterator[str]:
-    """Yield the address of a complete server with a tiny random model, `tiny`."""
+    """Yield the address of a complete server with a tiny random model, `tiny`, for tools."""
     folder = tmp_path_factory.mktemp("tiny")
-    with tiny.serving(folder / "home", tiny.model(folder / "model")) as address:
+    config = tiny.model(folder / "model") / "tokenizer_config.json"
+    text = config.read_text().replace(json.dumps(TEMPLATE), json.dumps(TOOL_TEMPLATE))
+    config.write_text(text)
+    with tiny.serving(folder / "home", folder / "model") as address:
         yield address
 
 

@@ -66,16 +66,26 @@ def tokenizer(template: str | None, encoding: bpe.Encoding = encoding) -> bpe.To
 
 
 class ScriptedEngine:
-    """An engine with scripted responses; ``requests`` and ``running`` record its requests."""
+    """An engine with scripted responses; ``requests`` and ``running`` record its requests.
 
-    def __init__(self) -> None:
+    Args:
+        encoding: the vocabulary of ``answer``.
+
+    Attributes:
+        answer: the response to every prompt, with special tokens; None for the responses below.
+    """
+
+    def __init__(self, encoding: bpe.Encoding = encoding) -> None:
+        self.encoding = encoding
+        self.answer: str | None = None
         self.requests: list[SequenceRequest] = []
         self.running = 0
         self.most_running = 0
         self.tokens = 0
 
     async def stream(self, request: SequenceRequest) -> AsyncIterator[Event]:
-        prompt = fim_encoding.decode(request.prompt)
+        known = self.encoding if self.encoding is not encoding else fim_encoding
+        prompt = known.decode(request.prompt)
         if "busy" in prompt:
             raise Busy
         self.requests.append(request)
@@ -97,6 +107,8 @@ class ScriptedEngine:
                         tuple(self.prompt_token(at, id, request) for at, id in ids)
                     )
             reply = encoding.encode_ordinary(self.reply(prompt, request))
+            if self.answer is not None:
+                reply = self.encoding.encode(self.answer, allowed_special="all")
             if prompt.startswith("half"):
                 reply = [0xA9, ord("!")]
             for count, id in enumerate(reply):
@@ -167,7 +179,7 @@ def model(
         owned_by="pellucid",
         tokenizer=tokenizer(template, encoding),
         context=CONTEXT,
-        engine=ScriptedEngine(),  # type: ignore[arg-type]
+        engine=ScriptedEngine(encoding),  # type: ignore[arg-type]
         fingerprint="fp_scripted",
     )
 

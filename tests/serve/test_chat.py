@@ -165,7 +165,6 @@ def test_fields_without_effect_are_accepted(strict):
     assert answer.metadata == {"a": "b"}
 
 
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 AUDIO = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}
 
@@ -173,19 +172,6 @@ AUDIO = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}
 @pytest.mark.parametrize(
     ("param", "options"),
     [
-        ("tools", {"tools": [TOOL]}),
-        ("functions", {"functions": [{"name": "f"}]}),
-        ("tool_choice", {"tool_choice": "required"}),
-        ("messages[0].role", {"messages": [{"role": "tool", "content": "1", "tool_call_id": "c"}]}),
-        (
-            "messages[1].tool_calls",
-            {
-                "messages": [
-                    {"role": "user", "content": "x"},
-                    {"role": "assistant", "tool_calls": [{"id": "c", **TOOL}]},
-                ]
-            },
-        ),
         ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [IMAGE]}]}),
         ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [AUDIO]}]}),
     ],

@@ -41,6 +41,7 @@ def write_models_toml(folder: Path, text: str) -> Path:
 def test_load_built_in_catalogue_is_consistent() -> None:
     loaded = catalogue.load()
     assert loaded.default == "smollm2-135m-instruct"
+    assert loaded.tools == "qwen2.5-coder-0.5b-instruct"
     assert loaded.get("gpt-4o-mini") is loaded.models["smollm2-135m-instruct"]
     assert loaded.get("code-davinci-002") is loaded.models["qwen2.5-coder-0.5b-instruct"]
     assert loaded.get("gpt-9") is None
@@ -52,9 +53,9 @@ def test_load_built_in_catalogue_is_consistent() -> None:
 
 
 def test_load_user_file_overrides_built_in(tmp_path: Path) -> None:
-    text = 'default = "mine"\n' + MODEL + '[aliases]\n"gpt-4" = "mine"\n'
+    text = 'default = "mine"\ntools = "mine"\n' + MODEL + '[aliases]\n"gpt-4" = "mine"\n'
     loaded = catalogue.load(write_models_toml(tmp_path, text))
-    assert loaded.default == "mine"
+    assert loaded.default == loaded.tools == "mine"
     assert loaded.get("gpt-4") is loaded.models["mine"]
     assert loaded.get("gpt-4o") is loaded.models["smollm2-135m-instruct"]
 
@@ -175,6 +176,19 @@ def test_pattern_of_a_model_that_is_not_served_is_unknown() -> None:
     with pytest.raises(UnknownModel) as raised:
         registry.resolve("gpt-5")
     assert raised.value.not_pulled_id == "two"
+
+
+@pytest.mark.parametrize(
+    ("name", "id"), [("gpt-4", "coder"), ("gpt-5", "trained"), ("plain", "plain")]
+)
+def test_alias_with_tools_stands_for_the_model_for_tools(name: str, id: str) -> None:
+    models = [loaded_model("plain"), loaded_model("coder"), loaded_model("trained")]
+    for model, tools in zip(models, ("prompted", "trained", "trained"), strict=True):
+        model.tools = tools
+    aliases = {"gpt-4": "plain", "gpt-5": "trained"}
+    assert Registry(models, aliases, tools_model="coder").resolve_for_tools(name) == id
+    not_served = Registry(models, aliases, tools_model="elsewhere").resolve_for_tools("gpt-4")
+    assert not_served == "plain"
 
 
 def test_registry_invalid_models_raise_value_error() -> None:

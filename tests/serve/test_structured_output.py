@@ -64,6 +64,40 @@ def test_json_object_cut_at_max_tokens_is_reported_as_length(client):
     assert choice.message.content == "{"
 
 
+ARGUMENTS = {
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}, "s": {"enum": ["a", "b"]}},
+    "required": ["n", "s"],
+}
+TOOLS = [  # short, because the context is 512 bytes
+    {"type": "function", "function": {"name": "f", "parameters": ARGUMENTS}},
+    {"type": "function", "function": {"name": "g"}},
+]
+
+
+def test_required_call_of_random_model_fits_the_schema(client):
+    """A random model writes anything, so only the grammar can make it call a tool."""
+    fields = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    for choice in chat(client, **fields, seed=0, n=4).choices:
+        assert choice.finish_reason == "tool_calls"
+        (call,) = choice.message.tool_calls
+        schema = ARGUMENTS if call.function.name == "f" else {"const": {}}
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+
+
+def test_streamed_call_of_named_tool_fits_the_schema(client):
+    choice = {"type": "function", "function": {"name": "f"}}
+    chunks = chat(client, tools=TOOLS, tool_choice=choice, seed=0, stream=True)
+    calls = [call.function for c in chunks for call in c.choices[0].delta.tool_calls or ()]
+    assert calls[0].name == "f" and len(calls) > 2
+    jsonschema.validate(json.loads("".join(call.arguments for call in calls)), ARGUMENTS)
+
+
+def test_text_beside_tools_follows_the_response_format(client):
+    fields = {"tools": TOOLS, "response_format": {"type": "json_object"}}
+    for choice in chat(client, **fields, seed=0, n=4).choices:
+        assert choice.message.tool_calls or choice.message.content.startswith("{")
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

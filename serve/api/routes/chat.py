@@ -3,7 +3,8 @@
 The model's chat template turns the messages into a prompt. Special tokens spelled out in a message
 are encoded as plain text. Without `max_tokens` the answer may fill the rest of the context.
 
-Not supported yet: tools and functions. The models take no images or audio.
+The calls of tools in an answer are found by a parser as the text arrives; see `serve/api/tools.py`.
+The models take no images or audio.
 """
 
 import asyncio
@@ -21,19 +22,28 @@ from bpe import Encoding
 from bpe.chat import RESERVED_VARIABLES
 from serve.api.context_window import CHAT_WORDING, Wording, refuse_too_long, resolve_max_tokens
 from serve.api.detokenize import TokenWithOffset, clamp_logprob, token_text
-from serve.api.errors import APIError, unsupported
+from serve.api.errors import APIError
 from serve.api.generation import (
+    Choice,
     Generation,
     Prompt,
     prompt_logprobs_to_api,
     refuse_streamed_prompt_logprobs,
 )
+from serve.api.message_deltas import DeltaReader, read_message
 from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
-from serve.api.requests import ChatBody, Message, read_json, report_unused
+from serve.api.requests import ChatBody, FunctionDefinition, read_json, report_unused
 from serve.api.responses import ChatChunk, ChatCompletion
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model
+from serve.api.tools import (
+    ToolSettings,
+    compile_tools,
+    prompt_with_tools,
+    read_tools,
+    template_messages,
+)
 from serve.api.unused_fields import Unused, path_part
 from serve.models.decoder import DecoderModel
 
@@ -46,9 +56,12 @@ async def create_chat_completion(request: Request) -> Response:
     """Generate the next message of a conversation."""
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
-    model = await get_loaded_model(request, body.model, DecoderModel)
+    tools = read_tools(body)
+    needs_tools = bool(body.tools or body.functions)
+    model = await get_loaded_model(request, body.model, DecoderModel, needs_tools=needs_tools)
     _report_unused_variables(request, body, model)
-    generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))
+    context = context_of(request.scope)
+    generation = await asyncio.to_thread(_build_generation, body, tools, model, context)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -58,7 +71,7 @@ async def create_chat_completion(request: Request) -> Response:
         "system_fingerprint": model.fingerprint,
     }
     if body.stream:
-        return await event_stream(request, _chunks(body, generation, head))
+        return await event_stream(request, _chunks(body, tools, generation, head))
     choices = await cancel_on_disconnect(request.receive, generation.choices())
     extra = {}
     if body.prompt_logprobs is not None:
@@ -69,19 +82,26 @@ async def create_chat_completion(request: Request) -> Response:
         {
             **head,
             "choices": [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "logprobs": _logprobs(body, model.tokenizer.encoding, choice.tokens),
-                    "finish_reason": choice.finish_reason,
-                }
-                for index, choice in enumerate(choices)
+                _choice(index, choice, body, tools, model) for index, choice in enumerate(choices)
             ],
             "usage": generation.usage.to_api(),
             "metadata": body.metadata,
             **extra,
         }
     )
+
+
+def _choice(
+    index: int, choice: Choice, body: ChatBody, tools: ToolSettings | None, model: DecoderModel
+) -> dict[str, Any]:
+    """Return a finished choice in OpenAI's shape."""
+    message, tokens, finish_reason = read_message(choice, tools, model)
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": _logprobs(body, model.tokenizer.encoding, tokens),
+        "finish_reason": finish_reason,
+    }
 
 
 def _report_unused_variables(request: Request, body: ChatBody, model: DecoderModel) -> None:
@@ -97,27 +117,35 @@ def _report_unused_variables(request: Request, body: ChatBody, model: DecoderMod
 
 
 async def _chunks(
-    body: ChatBody, generation: Generation, head: dict[str, Any]
+    body: ChatBody, tools: ToolSettings | None, generation: Generation, head: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
     encoding = generation.model.tokenizer.encoding
     include_usage = body.stream_options.include_usage
     tail = {"usage": None} if include_usage else {}
 
-    def chunk(index: int, delta: dict[str, str], **rest: object) -> dict[str, Any]:
+    def chunk(index: int, delta: dict[str, Any], **rest: object) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return {**head, "choices": [choice | rest], **tail}
 
+    readers: dict[int, DeltaReader] = {}
     started: set[int] = set()
     async with aclosing(generation.text_deltas()) as deltas:
         async for index, delta in deltas:
-            if index not in started:
+            if (reader := readers.get(index)) is None:
+                reader = readers[index] = DeltaReader(tools, generation.model)
+                if tools is None:
+                    yield chunk(index, {"role": "assistant", "content": ""})
+            parts = list(reader.read(delta))
+            if tools is not None and index not in started and (parts or delta.finish_reason):
                 started.add(index)
-                yield chunk(index, {"role": "assistant", "content": ""})
-            if delta.text:
-                logprobs = _logprobs(body, encoding, delta.tokens)
-                yield chunk(index, {"content": delta.text}, logprobs=logprobs)
+                is_call = bool(parts) and "content" not in parts[0][0]
+                yield chunk(index, {"role": "assistant", "content": None if is_call else ""})
+            for fields, tokens in parts:
+                logprobs = _logprobs(body, encoding, tokens) if "content" in fields else None
+                yield chunk(index, fields, logprobs=logprobs)
             if delta.finish_reason:
-                yield chunk(index, {}, finish_reason=delta.finish_reason)
+                reason = reader.finish_reason(delta.finish_reason)
+                yield chunk(index, {}, finish_reason=reason)
     if include_usage:
         yield {**head, "choices": [], "usage": generation.usage.to_api()}
 
@@ -141,13 +169,16 @@ def _logprobs(
 
 
 def _build_generation(
-    body: ChatBody, model: DecoderModel, request_context: RequestContext
+    body: ChatBody,
+    tools: ToolSettings | None,
+    model: DecoderModel,
+    request_context: RequestContext,
 ) -> Generation:
-    messages = [template_message(message, index) for index, message in enumerate(body.messages)]
     token_ids = encode_chat(
         CHAT_WORDING,
         model,
-        messages,
+        template_messages(body.messages),
+        functions=tools.functions if tools else (),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
@@ -163,14 +194,24 @@ def _build_generation(
     prompts = [
         Prompt(token_ids=token_ids, max_tokens=max_tokens, prompt_logprobs=body.prompt_logprobs)
     ]
-    return Generation(model, prompts, body, body.n, top_logprobs, request_context)
+    output_grammar = compile_tools(tools, body, model) if tools else None
+    return Generation(
+        model,
+        prompts,
+        body,
+        body.n,
+        top_logprobs,
+        request_context,
+        output_grammar=output_grammar,
+    )
 
 
 def encode_chat(
     wording: Wording,
     model: DecoderModel,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     *,
+    functions: Sequence[FunctionDefinition] = (),
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
@@ -181,7 +222,8 @@ def encode_chat(
         wording: The message for a conversation that is too long, such as
             `context_window.CHAT_WORDING`.
         model: A chat model.
-        messages: Dictionaries with "role" and "content".
+        messages: The result of `tools.template_messages`.
+        functions: The functions that the model may call.
         add_generation_prompt: Whether to append the start of the model's turn.
         continue_final_message: Whether the model continues the last message.
         variables: More variables of the template, such as "enable_thinking".
@@ -199,13 +241,16 @@ def encode_chat(
             param="model",
         )
     try:
+        messages, tools = prompt_with_tools(template, model.tool_notation, messages, functions)
         # The rendered text is checked, because a template may drop or trim messages.
         if sum(len(message["content"]) for message in messages) > model.context:
-            refuse_too_long(wording, model.context, encoding, template.render(messages))
+            text = template.render(messages, tools=tools)
+            refuse_too_long(wording, model.context, encoding, text)
         return template.encode(
             encoding,
             messages,
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
             continue_final_message=continue_final_message,
             variables=variables,
         )
@@ -213,53 +258,6 @@ def encode_chat(
         raise APIError(
             400, f"Invalid '{wording.param}': {error}.", param=wording.param, code="invalid_value"
         ) from None
-
-
-def template_message(message: Message, index: int) -> dict[str, str]:
-    """Return a message for the chat template: a role and one string as content.
-
-    Raises:
-        APIError: 400 for roles, tools or content parts that are not supported.
-    """
-    path = f"messages[{index}]"
-    if message.role in ("tool", "function"):
-        raise unsupported(
-            f"{path}.role",
-            message.role,
-            "Supported values are: 'developer', 'system', 'user' and 'assistant'.",
-        )
-    for name in ("tool_calls", "function_call"):
-        if value := getattr(message, name):
-            raise unsupported(
-                f"{path}.{name}", value, f"This server does not support tools: leave '{name}' out."
-            )
-    content = message.content
-    if content is None:
-        raise APIError(
-            400,
-            "Invalid value for 'content': expected a string, got null.",
-            param=f"{path}.content",
-            code="invalid_value",
-        )
-    if isinstance(content, str):
-        return {"role": message.role, "content": content}
-    texts: list[str] = []
-    for number, part in enumerate(content):
-        part_path = f"{path}.content[{number}]"
-        if part.type not in ("text", "refusal"):
-            raise unsupported(
-                f"{part_path}.type", part.type, "Supported values are: 'text' and 'refusal'."
-            )
-        text: str | None = getattr(part, part.type)
-        if text is None:
-            raise APIError(
-                400,
-                f"Missing required parameter: '{part_path}.{part.type}'.",
-                param=f"{part_path}.{part.type}",
-                code="missing_required_parameter",
-            )
-        texts.append(text)
-    return {"role": message.role, "content": "".join(texts)}
 
 
 def _refuse_unsupported(body: ChatBody) -> None:
@@ -286,9 +284,3 @@ def _refuse_unsupported(body: ChatBody) -> None:
             param="top_logprobs",
             code="invalid_value",
         )
-    for name in ("tools", "functions"):
-        if value := getattr(body, name):
-            raise unsupported(name, value, f"Leave '{name}' out.")
-    for name in ("tool_choice", "function_call"):
-        if (value := getattr(body, name)) not in (None, "none", "auto"):
-            raise unsupported(name, value, "Supported values are: 'none' and 'auto'.")

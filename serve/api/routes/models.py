@@ -51,6 +51,7 @@ def model_to_api(model: LoadedModel | ModelSpec, spec: ModelSpec | None = None) 
         "context_length": context if context is not None else window,
         "max_model_len": window,
         "dtype": model.dtype if is_loaded else None,
+        "tools": getattr(model, "tools", None),
         "capabilities": list((spec and spec.capabilities) or SERVES.get(model.kind, ())),
     }
 

@@ -18,11 +18,12 @@ from serve.api.context_window import CHAT_WORDING
 from serve.api.detokenize import token_text
 from serve.api.errors import APIError
 from serve.api.openapi import route_docs
-from serve.api.requests import Body, read_json
+from serve.api.requests import Body, Message, read_json
 from serve.api.responses import Text, TokenizerInfo, Tokens
-from serve.api.routes.chat import Message, encode_chat, template_message
+from serve.api.routes.chat import encode_chat
 from serve.api.state import get_loaded_model, state_of
 from serve.api.token_ids import native_ids
+from serve.api.tools import template_messages
 from serve.models.decoder import DecoderModel
 
 router = APIRouter()
@@ -127,7 +128,7 @@ def _encode(body: TokenizeBody, model: DecoderModel) -> list[int]:
             code="invalid_value" if present else "missing_required_parameter",
         )
     if body.messages is not None:
-        messages = [template_message(message, index) for index, message in enumerate(body.messages)]
+        messages = template_messages(body.messages)
         return encode_chat(
             CHAT_WORDING,
             model,

@@ -1,0 +1,110 @@
+"""From generated text to the deltas of a message: its content and its calls of tools."""
+
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from serve.api.detokenize import FinishReason, TextDelta, TokenWithOffset
+from serve.api.generation import Choice
+from serve.api.tools import ToolSettings
+from serve.models.decoder import DecoderModel
+from serve.models.tool_calls import HERMES, CallPart, TextPart, ToolCallParser
+
+
+class DeltaReader:
+    """Turn the text of one choice into the deltas of a message: content and calls of tools.
+
+    Args:
+        tools: The tools of the request.
+        model: The model.
+        is_streaming: Whether arguments are returned in pieces; see `ToolCallParser`.
+    """
+
+    def __init__(
+        self, tools: ToolSettings | None, model: DecoderModel, *, is_streaming: bool = True
+    ):
+        self._is_legacy = tools is not None and tools.is_legacy
+        self._parser = tools and ToolCallParser(
+            model.tool_notation or HERMES,
+            tools.allowed_names,
+            max_calls=tools.max_calls,
+            is_streaming=is_streaming,
+        )
+        self._tokens: deque[TokenWithOffset] = deque()  # of text that the parser holds back
+
+    def read(self, delta: TextDelta) -> Iterator[tuple[dict[str, Any], Sequence[TokenWithOffset]]]:
+        """Yield the deltas of a message that a text delta completes, and the tokens of each.
+
+        The tokens of a call are not reported.
+        """
+        if self._parser is None:
+            if delta.text:
+                yield {"content": delta.text}, delta.tokens
+            return
+        self._tokens += delta.tokens
+        parts = self._parser.push(delta.text)
+        if delta.finish_reason:
+            parts += self._parser.flush()
+        for part in parts:
+            match part:
+                case TextPart(text=text, offset=start):
+                    yield {"content": text}, self._tokens_between(start, start + len(text))
+                case CallPart():
+                    yield self._call(part), ()
+
+    def _tokens_between(self, start: int, end: int) -> list[TokenWithOffset]:
+        tokens: list[TokenWithOffset] = []
+        while self._tokens and self._tokens[0].offset < end:
+            token = self._tokens.popleft()
+            if token.offset >= start:
+                tokens.append(token)
+        return tokens
+
+    def _call(self, part: CallPart) -> dict[str, Any]:
+        function = {"arguments": part.arguments}
+        if part.name is not None:
+            function = {"name": part.name} | function
+        if self._is_legacy:
+            return {"function_call": function}
+        call: dict[str, Any] = {"index": part.index}
+        if part.name is not None:
+            call |= {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        return {"tool_calls": [call | {"function": function}]}
+
+    def finish_reason(self, reason: FinishReason) -> str:
+        """Return the finish reason of the message; a call that was cut has the reason of the text.
+
+        Args:
+            reason: The finish reason of the text.
+        """
+        if self._parser is None or not self._parser.num_calls or reason != "stop":
+            return reason
+        if self._parser.is_in_arguments:
+            return reason
+        return "function_call" if self._is_legacy else "tool_calls"
+
+
+def read_message(
+    choice: Choice, tools: ToolSettings | None, model: DecoderModel
+) -> tuple[dict[str, Any], list[TokenWithOffset], str]:
+    """Return the message of a finished choice, the tokens of its content, and its finish reason."""
+    assert choice.finish_reason is not None
+    reader = DeltaReader(tools, model, is_streaming=False)
+    text, tokens, calls = "", [], []
+    whole = TextDelta(choice.text, tuple(choice.tokens), choice.finish_reason, len(choice.tokens))
+    for delta, delta_tokens in reader.read(whole):
+        text += delta.get("content", "")
+        tokens += delta_tokens
+        calls += delta.get("tool_calls", ())
+        calls += [delta["function_call"]] if "function_call" in delta else ()
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        message["content"] = text or None
+    if calls and tools is not None and tools.is_legacy:
+        message["function_call"] = calls[0]
+    elif calls:
+        message["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "index"} for call in calls
+        ]
+    return message, tokens, reader.finish_reason(choice.finish_reason)
