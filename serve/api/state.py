@@ -77,9 +77,8 @@ async def get_loaded_model(
             The message names a model for this task.
     """
     registry, kind = state_of(request).registry, KINDS[model_class.kind]
-    if needs_tools:
-        name = registry.resolve_for_tools(name)
-    if (spec := registry.resolve(name)).kind != kind.name:  # checked before loading
+    id = registry.resolve_for_tools(name) if needs_tools else name
+    if (spec := registry.resolve(id)).kind != kind.name:  # checked before loading
         candidates = [model.id for model in registry.list_models() if model.kind == kind.name]
         hint = f"Use `{candidates[0]}`." if candidates else "No model on this server does."
         raise APIError(
@@ -89,6 +88,6 @@ async def get_loaded_model(
             code="model_not_found",
         )
     context_of(request.scope).is_pattern = registry.is_pattern(name)
-    model = await registry.get(name)
+    model = await registry.get(id)
     assert isinstance(model, model_class)
     return model

@@ -198,12 +198,8 @@ class Registry:
             UnknownModel: no served model has this id or alias.
         """
         model = self.resolve(name)
-        is_alias = name not in self._models
-        if (
-            is_alias
-            and self._tools_model in self._models
-            and getattr(model, "tools", None) != "trained"
-        ):
+        is_prompted = getattr(model, "tools", None) == "prompted"
+        if name not in self._models and is_prompted and self._tools_model in self._models:
             return self._tools_model
         return model.id
 

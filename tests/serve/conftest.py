@@ -1,5 +1,6 @@
 """A server with a scripted engine for all tests of the HTTP layer, and three clients for it."""
 
+import json
 from collections.abc import Iterator
 from itertools import starmap
 
@@ -9,6 +10,7 @@ from openai import OpenAI
 
 from serve.models.decoder import DecoderModel
 from tests.serve import scripted, tiny
+from tests.serve.tiny_data import TEMPLATE, TOOL_TEMPLATE
 
 
 @pytest.fixture(scope="session")
