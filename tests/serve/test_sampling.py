@@ -20,7 +20,7 @@ from transformer.sampling import SamplingParams
 pytestmark = pytest.mark.heavy
 
 OWN = {"temperature": 0.5, "top_p": 0.75, "top_k": 7, "min_p": 0.125, "repetition_penalty": 1.5}
-OWN |= {"presence_penalty": 0.25, "frequency_penalty": -0.5}
+OWN |= {"presence_penalty": 0.25, "frequency_penalty": -0.5, "typical_p": 0.875}
 WITHOUT_PENALTIES = OWN | {
     name: generation_config.OPENAI_DEFAULTS[name] for name in generation_config.PENALTIES
 }
