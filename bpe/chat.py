@@ -338,9 +338,13 @@ class ChatTemplate:
         variables: dict[str, Any],
         end_mark: str | None,
     ) -> str:
-        """Render prepared messages; with an `end_mark`, up to the end of the last message."""
+        """Return the text of messages from `_prepare`.
+
+        With `end_mark`, a character that occurs in no argument, the text ends with the content of
+        the last message.
+        """
         if reserved := RESERVED_VARIABLES & variables.keys():
-            raise ValueError(f"the template variable {min(reserved)!r} cannot be set")
+            raise ValueError(f"the template variable {min(reserved)!r} is reserved: leave it out")
         if end_mark is None:
             return self._run(messages, tools, add_generation_prompt, **variables)
         last = messages[-1] if messages else {}

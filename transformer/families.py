@@ -861,8 +861,8 @@ def from_gguf(
             fields["rotary_dim"] = rotated
         elif rotated != fields["head_dim"]:
             raise ValueError(
-                f"{kind}.rope.dimension_count must be the head dimension {fields['head_dim']}, "
-                f"got {rotated}"
+                f"{kind}.rope.dimension_count must be head_dim ({fields['head_dim']}), got "
+                f"{rotated}"
             )
         fields["rope_scaling"] = _gguf_scaling(
             rest, fields, rope_factors or {}, family.gguf_yarn_truncate
@@ -876,8 +876,7 @@ def from_gguf(
         fields["query_scalar"] = d_model // heads
     if (width := pop("attention.value_length", fields["head_dim"])) != fields["head_dim"]:
         raise ValueError(
-            f"{kind}.attention.value_length must be the head dimension {fields['head_dim']}, "
-            f"got {width}"
+            f"{kind}.attention.value_length must be head_dim ({fields['head_dim']}), got {width}"
         )
     cfg = Config(**_with_defaults(fields))
     if _covers(rest.get("attention.sliding_window"), cfg):

@@ -47,9 +47,9 @@ def bisection(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.
 def truncate_typical(logits: jax.Array, typical_p: jax.Array) -> jax.Array:
     """Set the logits of tokens that locally typical sampling excludes to -inf.
 
-    Kept are the tokens whose information, -log p, is nearest to its expectation, the entropy. They
-    are the fewest with a total probability of at least `typical_p`; tokens with the same distance
-    are kept together. The likeliest token is not always among them.
+    The tokens are kept whose information, -log p, is nearest to its expectation, the entropy: as
+    few as reach a total probability of `typical_p`. Tokens with the same distance are kept
+    together. The likeliest token is not always kept.
 
     Args:
         logits: float32 [V]; -inf for tokens that are already excluded.
