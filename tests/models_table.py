@@ -99,7 +99,7 @@ def page(llama_cpp: Path, decoders: list[Row], encoders: list[Row], tokenizers: 
     project = tomllib.loads((llama_cpp / "gguf-py" / "pyproject.toml").read_text("utf-8"))
     versions = [f"Python {platform.python_version()}"]
     versions += [f"{name} {version(name)}" for name in PACKAGES]
-    versions.append(f"llama.cpp with gguf-py {project['tool']['poetry']['version']}")
+    versions.append(f"llama.cpp with gguf-py {project['project']['version']}")
     limits = {"tolerance": comparisons.TOLERANCE, "length": comparisons.LENGTH}
     limits["distance"] = encoder_comparisons.MAX_DISTANCE
     return "\n".join(
