@@ -232,7 +232,8 @@ class GenerationBody(Body):
         False
     )
     min_tokens: Annotated[
-        int, Field(ge=0, description="Number of tokens before the text or a stop string may end.")
+        int,
+        Field(ge=0, description="Number of tokens before the text can end, also at a stop string."),
     ] = 0
     stop_token_ids: Annotated[
         SomeTokenIds, Field(description="More tokens that end the text.")
