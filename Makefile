@@ -6,7 +6,7 @@ export PYTHON
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fast slow setup lint parity notebooks docs bench golden lines clean
+.PHONY: help serve test test-fast slow setup lint parity clients notebooks docs bench golden lines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -21,7 +21,7 @@ test: .models ## install, fetch the models (860 MB), run the tests
 
 test-fast: setup ## the tests that need no model, port or download (a minute)
 	@PELLUCID_HOME=.venv/no-models $(BIN)/pytest -q -n 2 --dist loadfile \
-	--disable-socket --allow-unix-socket -m "not slow and not parity and not heavy" $(ARGS)
+	--disable-socket --allow-unix-socket -m "not slow and not parity and not clients and not heavy" $(ARGS)
 
 slow: .models ## the tests that take long, notebooks among them, then the comparisons
 	@sh scripts/setup.sh parity
@@ -40,6 +40,10 @@ lint: setup ## ruff, pyright, and who may import whom
 parity: .models ## compare live with the reference implementations (installs torch)
 	@sh scripts/setup.sh parity
 	@$(BIN)/pytest -q -m parity $(ARGS)
+
+clients: .models ## run other projects' clients, each in its own environment (1 GB)
+	@sh scripts/setup.sh clients
+	@$(BIN)/pytest -q -m clients $(ARGS)
 
 golden: .models ## make the golden files of tests/golden again (installs torch)
 	@sh scripts/setup.sh parity

@@ -6,7 +6,7 @@
 # PYTHON=/path/to/python selects the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
-extra=${1:?usage: sh scripts/setup.sh serve|dev|docs|parity}
+extra=${1:?usage: sh scripts/setup.sh serve|dev|docs|clients|parity}
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
@@ -152,10 +152,11 @@ if [ "$(cat .venv/.pip-status)" != 0 ]; then
         "If it could not reach its package index, check the network and pip's settings" \
         "(.venv/bin/pip config list), then run make again, which continues the installation."
 fi
-# dev includes serve, and parity includes serve, dev and docs.
+# dev includes serve, clients includes dev, and parity includes serve, dev and docs.
 case $extra in
 serve) stamps="serve" ;;
 dev) stamps="serve dev" ;;
+clients) stamps="serve dev clients" ;;
 parity) stamps="serve dev docs parity" ;;
 *) stamps=$extra ;;
 esac

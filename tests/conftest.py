@@ -36,10 +36,10 @@ HEAVY = {"model_file", "address", "refused_url"}  # fixtures that need a model o
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use a model or a port as heavy; modules that compile much mark themselves.
 
-    Slow and parity tests run the code of other projects, so their warnings are not errors.
+    Slow, parity and clients tests run the code of other projects, so their warnings are no errors.
     """
     for item in items:
-        if item.get_closest_marker("slow") or item.get_closest_marker("parity"):
+        if any(map(item.get_closest_marker, ("slow", "parity", "clients"))):
             item.add_marker(pytest.mark.filterwarnings("default"))
         if HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.heavy)
