@@ -88,7 +88,7 @@ _FOREIGN_NAMES = {
     *("context", "document", "documents", "file", "image", "images", "input", "inputs"),
     *("instructions", "intent", "max_tokens", "min_tokens", "mode", "models", "size", "skew"),
     *("step", "steps", "store", "style", "tag", "task", "text", "text_1", "text_2", "texts"),
-    *("top_a", "top_k", "top_n", "top_p", "typ_p", "type", "usage"),
+    *("top_a", "top_k", "top_n", "top_p", "typ_p", "type", "typical", "usage"),
 }
 
 
