@@ -421,6 +421,8 @@ def tool_grammar(
         can_follow = can_repeat and separator is not None
         return f"{rule} ({literal(separator or '')} {rule})*" if can_follow else rule
 
+    # Small models tend to write a line break after a call, which must not commit them to another.
+    line_end = '"\\n"?' if notation.between == "\n" else ""
     trigger, after = literal(notation.trigger), literal(notation.after_arguments)
     rules = ["%llguidance {}", "start: calls" if is_required else "start: calls | answer"]
     for number, (name, schema) in enumerate(schemas.items()):
@@ -436,7 +438,7 @@ def tool_grammar(
         after_trigger = literal(notation.start.removeprefix(notation.trigger))
         rules.append(f"rest: {after_trigger} {in_block} {literal(notation.end)}")
         rules.append(f"block: {trigger} rest")
-        calls = [repeated("block", notation.between)]
+        calls = [f"{repeated('block', notation.between)} {line_end}"]
     if answer_schema is not None:
         rules.append(f"answer: {lark_schema(answer_schema)}")
     elif not is_required:
@@ -458,7 +460,7 @@ def tool_grammar(
                     rule = f'/{head}/ " "? arguments_{number} {literal(end)}'
                     rules.append(f"{form}_{number}: {rule}")
                 rules.append(f"{form}: {_any_of(form, len(schemas))}")
-            calls += [repeated("bare", notation.between), "fenced"]
+            calls += [f"{repeated('bare', notation.between)} {line_end}", "fenced"]
             text += rf" & ~/(?:{'|'.join(heads)})(.|\n)*/"
         rules.append(f"TEXT: {text}")
     rules.append(f"calls: {' | '.join(calls)}")

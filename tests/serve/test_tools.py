@@ -358,7 +358,7 @@ ALLOWED = {
             ],
         ),
         ({"parallel_tool_calls": False}, ["Hi.", CALL_ADD], [f"{CALL_NOW}\n{CALL_ADD}"]),
-        ({"tool_choice": "required"}, [CALL_ADD, f"{CALL_NOW}\n{CALL_ADD}"], ["Hi.", ""]),
+        ({"tool_choice": "required"}, [CALL_ADD, f"{CALL_NOW}\n{CALL_ADD}\n"], ["Hi.", ""]),
         (
             {"tool_choice": "required", "parallel_tool_calls": False},
             [CALL_NOW],
