@@ -27,7 +27,9 @@ _TEXT_LEN = 64  # text positions in the KV cache of a decoding step
 
 
 def cases(cfg: Config | None = None) -> Iterator[Case]:
-    """Yield for each dtype: encoding one window, and a decoding step with one and with four rows.
+    """Yield the bench cases of each dtype.
+
+    They are encoding one window, a decoding step with one row, and a decoding step with four rows.
 
     Args:
         cfg: the sizes of the model; None for whisper-tiny.en.

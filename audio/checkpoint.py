@@ -175,7 +175,7 @@ def hf_names(cfg: Config) -> Params:
 
 
 def _fill(arrays: dict[str, np.ndarray], cfg: Config, dtype: Dtype, folder: Path) -> Params:
-    """Build `Params` from arrays by Hugging Face name, with the weights in `dtype`."""
+    """Build `Params`, with the weights in `dtype`, from a dict of Hugging Face names to arrays."""
     tree, infos = hf_names(cfg), abstract(cfg)
     expected = dict(zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True))
     if missing := sorted(expected.keys() - arrays.keys()):
@@ -186,7 +186,9 @@ def _fill(arrays: dict[str, np.ndarray], cfg: Config, dtype: Dtype, folder: Path
         if _is_convolution(name) and arrays[name].ndim == 3:
             arrays[name] = arrays[name].swapaxes(1, 2).reshape(len(arrays[name]), -1)
         if arrays[name].shape != info.shape:
-            raise ValueError(f"{folder}: {name} must be {info.shape}, got {arrays[name].shape}")
+            raise ValueError(
+                f"{folder}: {name} must have shape {info.shape}, got {arrays[name].shape}"
+            )
 
     def fill(node: Any) -> Any:
         if not isinstance(node, Linear):
@@ -243,7 +245,7 @@ def _hf_config(folder: Path, config: Mapping[str, Any]) -> Config:
 
 
 def _ctranslate2(folder: Path) -> tuple[dict[str, np.ndarray], Config]:
-    """Return the arrays of a CTranslate2 folder by Hugging Face names, and the config."""
+    """Load a CTranslate2 folder; return a dict of Hugging Face names to arrays, and the config."""
     path = folder / "model.bin"
     with path.open("rb") as file:
         if file.read(2) in (b"PK", b"\x80\x02"):
@@ -271,7 +273,9 @@ def _ctranslate2(folder: Path) -> tuple[dict[str, np.ndarray], Config]:
             if not hf_name.endswith("k_proj.bias"):
                 renamed[hf_name] = value
             elif np.any(value):
-                raise ValueError(f"{path}: the part of {name} for the keys must be zero")
+                raise ValueError(
+                    f"{path}: the keys have no bias, so their part of {name} must be zero"
+                )
     return renamed, cfg
 
 
@@ -326,7 +330,10 @@ _LEAVES = {
 
 
 def _to_hf_names(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Split a CTranslate2 array into Hugging Face tensors; an unknown name is returned as it is."""
+    """Split a CTranslate2 array into Hugging Face tensors; return (name, tensor) pairs.
+
+    An array with an unknown name is not split and keeps its name.
+    """
     half, _, rest = name.partition("/")
     module, _, leaf = rest.rpartition("/")
     if leaf in _LEAVES and module in _TOP_LEVEL:

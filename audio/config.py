@@ -108,7 +108,7 @@ class Config:
 
         Args:
             name: "tiny" to "large-v3-turbo"; with ".en" for an English-only model.
-            **changes: replace fields.
+            **changes: fields to replace, with their values.
 
         Raises:
             ValueError: the size is unknown.
@@ -133,7 +133,7 @@ class Config:
         """Return the config of a model with fewer than 50,000 weights, for tests.
 
         Args:
-            **changes: replace fields.
+            **changes: fields to replace, with their values.
         """
         fields: dict[str, Any] = dict(
             num_audio_layers=2,
@@ -156,8 +156,8 @@ class Config:
             config: the dictionary; keys whose value is None are ignored.
 
         Raises:
-            ValueError: a key is missing or has an unsupported value, or an unknown key changes the
-                forward pass; see `config_keys`.
+            ValueError: a key is missing or has an unsupported value, or an unknown key could change
+                the forward pass; see `config_keys.check`.
         """
         values = {key: value for key, value in config.items() if value is not None}
         for key, value in _FIXED.items():

@@ -64,9 +64,9 @@ class Part(NamedTuple):
     """One of several concatenated files.
 
     Attributes:
-        data: its bytes, without leading ID3v2 tags.
-        is_certain: whether it is the first file or begins with a signature. Otherwise it follows
-            the end of another file, and can be audio, a tag or padding.
+        data: the bytes of the part, without leading ID3v2 tags.
+        is_certain: whether the part is certainly a file, because it is the first one or begins with
+            a signature. Otherwise it can be audio, a tag or padding after the end of a file.
     """
 
     data: bytes
@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
 
 def detect_format(data: bytes) -> str:
-    """Detect the format from the signature: wav, w64, aiff, caf, flac, ogg, ...; "" if unknown.
+    """Return the format by the signature: "wav", "w64", "aiff", "flac", "ogg", ...; "" if unknown.
 
     Args:
         data: the bytes of a file.
@@ -133,7 +133,11 @@ def _signatures(data: bytes) -> list[tuple[int, str]]:
 
 
 def _next_file(signatures: list[tuple[int, str]], after: int, kind: str, size: int) -> int:
-    """Return where the next file begins after a file of format `kind` that states no length."""
+    """Return where the file after a file of format `kind`, which states no length, begins.
+
+    That is the first suitable signature from the position `after` on, or else `size`, the end of
+    the data.
+    """
     for i in range(bisect.bisect_left(signatures, (after, "")), len(signatures)):
         position, other = signatures[i]
         # A tag between MPEG frames separates two files that FFmpeg decodes as one.
@@ -158,7 +162,7 @@ def _id3_end(data: bytes, start: int) -> int:
 
 
 def _wav_end(data: bytes, start: int) -> int | None:
-    """Return the end of the data chunk, or the end that the RIFF header states if that is later."""
+    """Return the end of a WAV's data chunk, or that stated in the RIFF header if it is later."""
     order = "big" if data.startswith(b"RIFX", start) else "little"
     size = int.from_bytes(data[start + 4 : start + 8], order)
     long_sizes = data[start + 12 : start + 16] == b"ds64"  # RF64: EBU Tech 3306
@@ -182,7 +186,10 @@ def _wav_end(data: bytes, start: int) -> int | None:
 
 
 def _padded(data: bytes, end: int) -> int:
-    """Return the end of a RIFF chunk with its padding byte, which some writers omit."""
+    """Return `end`, the end of a RIFF chunk, plus 1 if the chunk has a padding byte.
+
+    Chunks of odd length should have a padding byte, but some writers omit it.
+    """
     return end + 1 if end % 2 and data[end : end + 1] == b"\0" else end
 
 
@@ -200,7 +207,7 @@ def _w64_end(data: bytes, start: int) -> int | None:
 
 
 def _caf_end(data: bytes, start: int) -> int | None:
-    """Return the end of the chunks of Apple's Core Audio Format."""
+    """Return the end of the last chunk of a CAF file (Apple's Core Audio Format)."""
     position = start + 8
     for _ in range(_MAX_STEPS):
         if position + 12 > len(data) or not data[position : position + 4].isalpha():
@@ -240,7 +247,10 @@ def _page_length(data: bytes, start: int) -> int:
 
 
 def _mp4_end(data: bytes, start: int) -> int | None:
-    """Return the end of the boxes, or the start of a second ftyp (ISO 14496-12, section 4.2)."""
+    """Return the end of an MP4 file's last box, or the start of a second ftyp box.
+
+    Boxes are defined in ISO 14496-12, section 4.2.
+    """
     position = start
     for _ in range(_MAX_STEPS):
         kind = data[position + 4 : position + 8]
@@ -259,7 +269,7 @@ _MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"s
 
 
 def _avi_end(data: bytes, start: int) -> int | None:
-    """Return the end of the last RIFF chunk; those after the first are AVIX (OpenDML 1.02)."""
+    """Return the end of an AVI's last RIFF chunk; all but the first are AVIX (OpenDML 1.02)."""
     position, kind = start, b"AVI "
     while data[position : position + 4] == b"RIFF" and data[position + 8 : position + 12] == kind:
         size = int.from_bytes(data[position + 4 : position + 8], "little")
@@ -270,7 +280,7 @@ def _avi_end(data: bytes, start: int) -> int | None:
 
 
 def _asf_end(data: bytes, start: int) -> int | None:
-    """Return the end of the top-level objects; the header is the first."""
+    """Return the end of an ASF file's last top-level object; the first is the header."""
     position = start
     for _ in range(_MAX_STEPS):
         kind = data[position : position + 4]
@@ -292,7 +302,7 @@ _ASF_OBJECTS = {  # header, data, index, simple index: the first bytes of their 
 
 
 def _matroska_end(data: bytes, start: int) -> int | None:
-    """Return the end of the segment that follows the header (RFC 8794, section 4)."""
+    """Return the end of the segment that follows a Matroska header (RFC 8794, section 4)."""
     header = _element_end(data, start)
     if header is None or data[header : header + 4] != b"\x18\x53\x80\x67":
         return None
@@ -324,9 +334,9 @@ _ENDS: dict[str, Callable[[bytes, int], int | None]] = {
 
 
 def _flac_metadata_end(data: bytes, start: int) -> int:
-    """Return the start of the frames after the metadata, which can contain a WAV header.
+    """Return the end of a FLAC file's metadata (RFC 9639, section 8), where its frames begin.
 
-    The format of the metadata is that of RFC 9639, section 8.
+    The metadata can contain a WAV header, which is not the start of another file.
     """
     position, is_last = start + 4, False
     while not is_last and position + 4 <= len(data):
@@ -339,7 +349,7 @@ def _flac_metadata_end(data: bytes, start: int) -> int:
 
 
 def is_plain_wav(data: bytes) -> bool:
-    """Return whether a WAV file consists of chunks only, one of them a data chunk of stated length.
+    """Return whether a WAV file has nothing but chunks, one of them a data chunk of known length.
 
     Args:
         data: the bytes of a file with a WAV signature.
@@ -398,11 +408,11 @@ def mp3_frame_length(header: bytes) -> int:
 
 
 def is_plain_mp3(data: bytes) -> bool:
-    """Return whether an MP3 has only frames of one MPEG version and layer, as many as it states.
+    """Return whether an MP3 has only frames of one MPEG version and layer, as many as are stated.
 
-    The first frame can hold a table of contents (the header of Xing and LAME) instead of audio. It
-    states the number of frames after it, and a decoder that relies on it stops there. An ID3v1 tag
-    after the last frame is accepted.
+    The first frame can hold the header of Xing and LAME instead of audio. This header states the
+    number of frames after it, and a decoder that relies on it stops there. An ID3v1 tag after the
+    last frame is accepted.
 
     Args:
         data: the bytes of a file without leading ID3v2 tags.

@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     position = 0
 
     def skip(size: int, label: str) -> int:
-        """Advance by `size` bytes; return the position before them."""
+        """Advance by `size` bytes; return the position before them. `label` is for the error."""
         nonlocal position
         if size > len(data) - position:
             raise ValueError(
@@ -88,7 +88,7 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
         rank = number("<B", f"the shape of {name}")
         shape = struct.unpack_from(f"<{rank}I", data, skip(4 * rank, f"the shape of {name}"))
         if (kind := number("<B", f"the type of {name}")) not in _TYPES:
-            raise ValueError(f"{path}: the type of {name} must be one of 0 to 5, got {kind}")
+            raise ValueError(f"{path}: the code of the dtype of {name} must be 0 to 5, got {kind}")
         size, dtype = number("<I", f"the size of {name}"), _TYPES[kind]
         count = 1
         for axis in shape:  # not np.prod, which overflows
@@ -111,7 +111,8 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
         scale, weight = arrays.pop(name), arrays.get(name.removesuffix("_scale"))
         if weight is None or weight.dtype != np.int8 or scale.shape != weight.shape[:1]:
             raise ValueError(
-                f"{path}: {name} of shape {scale.shape} needs an int8 weight with a row per scale"
+                f"{path}: {name} has shape {scale.shape}, but there is no int8 weight with a row "
+                f"per scale"
             )
         rows = scale.reshape(-1, *(1,) * (weight.ndim - 1)).astype(np.float32)
         arrays[name.removesuffix("_scale")] = weight / rows

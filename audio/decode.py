@@ -96,8 +96,8 @@ class TemperatureFallback:
     def is_silence(self, result: DecodingResult) -> bool:
         """Return whether to discard a result because the window has no speech.
 
-        The reference implementation keeps text that is repetitive but likely, which occurs over
-        music; here such text is discarded too.
+        openai-whisper keeps text that is repetitive but likely, which occurs over music; here such
+        text is discarded too.
         """
         if self.no_speech_threshold is None or result.no_speech_prob <= self.no_speech_threshold:
             return False
@@ -169,7 +169,8 @@ def decode(
         whisper: the model.
         audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window per row.
         options: used for all windows.
-        run: runs each work item on the device: the prefill, or one decoding step of all rows.
+        run: calls the function that it is given (the prefill, or one decoding step of all rows), on
+            the device thread or inline, and returns its result.
 
     Returns:
         A result for each window.
@@ -211,7 +212,7 @@ def decode_with_fallback(
             temperature 0 only.
         fallback: the temperatures, and the thresholds for trying the next one.
         best_of: samples per window at temperatures above 0.
-        run: runs the work items on the device.
+        run: see `decode`.
 
     Returns:
         A result for each window.
@@ -259,7 +260,7 @@ def teacher_forced_logits(
         audio_features: float32 [1, max_audio_len, D], from `model.encode`.
         ids: the token ids to feed, fewer than half of `max_text_len`.
         options: language, task, prompt and timestamps.
-        run: runs each work item on the device: the prefill, or one decoding step.
+        run: see `decode`.
 
     Returns:
         float32 [len(ids) + 1, V].
@@ -284,7 +285,8 @@ def detect_language(
     Args:
         whisper: the model; for an English-only model the result is {"en": 1.0}.
         audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window per row.
-        run: runs the work item on the device.
+        run: calls the function that it is given (the prefill), on the device thread or
+            inline, and returns its result.
 
     Returns:
         For each window the probabilities by language code; they sum to 1.
@@ -505,7 +507,7 @@ class _DecodingTask:
     def sample(
         self, rows: Sequence[_Hypothesis], options: DecodingOptions
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Sample one token per row; return ids int32 [B] and log-probabilities float32 [B]."""
+        """Sample one token for each hypothesis in `rows`; return ids and log-probabilities, [B]."""
         constraints = self._constraints(rows)
         temperature = options.temperature
         if temperature:
@@ -519,7 +521,7 @@ class _DecodingTask:
     def top_k(
         self, rows: Sequence[_Hypothesis], options: DecodingOptions, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `count` likeliest ids per row, int32 [B, count], and log-probabilities."""
+        """Return the `count` likeliest ids, int32 [B, count], and their log-probabilities."""
         logprobs = np.asarray(_constrained_logprobs(self.logits, *self._constraints(rows)))
         top_ids = np.argpartition(-logprobs, count, axis=-1)[:, :count]
         values = np.take_along_axis(logprobs, top_ids, axis=-1)
@@ -529,7 +531,7 @@ class _DecodingTask:
     def _constraints(
         self, rows: Sequence[_Hypothesis]
     ) -> tuple[np.ndarray, np.ndarray, np.int32, bool]:
-        """Return the arguments of `_constrained_logprobs` after the logits."""
+        """Return the arguments of `_constrained_logprobs` except the logits."""
         is_first, options = self._step == 0, self._options
         suppressed = _suppress_mask(self.tokenizer, options, self.whisper.cfg.vocab_size, is_first)
         begin, end = self.tokenizer.timestamp_begin, self.whisper.cfg.vocab_size
@@ -546,10 +548,10 @@ class _DecodingTask:
 def _allowed_ranges(
     ids: Sequence[int], tokenizer: WhisperTokenizer, vocab_size: int
 ) -> tuple[int, int, int]:
-    """Return which token ids are allowed after `ids`.
+    """Return which token ids are allowed after `ids`, as three numbers.
 
-    They are given by three numbers: the first allowed id before the timestamps, the first allowed
-    timestamp, and the end (exclusive) of the allowed timestamps.
+    The numbers are the first allowed text token (all later ones are allowed too), the first allowed
+    timestamp token, and the end (exclusive) of the allowed timestamp tokens.
 
     A text token can be followed by any text token, or by any timestamp after the last one. The
     timestamp that ends a segment must be followed by the end-of-text token, or by the timestamp
@@ -575,7 +577,10 @@ def _mask(ids: tuple[int, ...], vocab_size: int) -> np.ndarray:
 def _suppress_mask(
     tokenizer: WhisperTokenizer, options: DecodingOptions, vocab_size: int, is_first: bool
 ) -> np.ndarray:
-    """Return which tokens to suppress regardless of the text before them: bool [V]."""
+    """Return a mask of the tokens to suppress whatever precedes them: bool [V].
+
+    `is_first` is whether the next token is the first generated one, which must not be blank.
+    """
     ids = tokenizer.suppress_tokens if options.suppress_non_speech else ()
     if options.timestamps:
         ids = (*ids, tokenizer.no_timestamps)

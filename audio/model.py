@@ -163,7 +163,7 @@ def abstract(cfg: Config) -> Params:
 
 
 def _info(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Any) -> Any:
-    """Return an `ArrayInfo`, typed to take the place of an array."""
+    """Return an `ArrayInfo`, typed as `Any` so that it can be the value of an array field."""
     return ArrayInfo(shape, axes, initializer)
 
 

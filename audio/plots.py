@@ -22,7 +22,7 @@ _ROW_SECONDS = 8.0  # seconds per row of the spectrogram
 
 
 def plot_spectrogram(path: str | Path, samples: np.ndarray, words: Sequence[Word]) -> None:
-    """Plot a log-mel spectrogram, eight seconds per row, with each word below its start.
+    """Plot a log-mel spectrogram, eight seconds per row, and write each word below its start time.
 
     Args:
         path: the PNG file to write.

@@ -82,7 +82,7 @@ def verbose_json(transcript: Transcript, *, task: str = "transcribe") -> dict[st
 
 
 def verbose_segments(segments: Sequence[Segment]) -> list[dict[str, Any]]:
-    """Return segments as in OpenAI's "verbose_json"."""
+    """Return the list `segments` of OpenAI's "verbose_json"."""
     return [
         {
             "id": number,

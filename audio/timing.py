@@ -68,7 +68,8 @@ def align(
         task: "transcribe" or "translate".
         with_probabilities: compute the words' probabilities, which is half of the work; if false,
             they are nan.
-        run: runs the work item on the device.
+        run: calls the function that it is given (the forward pass), on the device thread or
+            inline, and returns its result.
 
     Returns:
         The words in order, with punctuation marks as separate words. Times are seconds from the
@@ -118,7 +119,7 @@ def alignment_scores(
     with_probabilities: bool = True,
     run: RunOnDevice = run_inline,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cross-attention scores of the alignment heads over a text.
+    """Return the cross-attention scores of the alignment heads for each token of a text.
 
     Args:
         whisper: the model.
@@ -129,7 +130,8 @@ def alignment_scores(
         task: "transcribe" or "translate".
         with_probabilities: compute the probabilities, which is half of the work; if false, they
             are nan.
-        run: runs the work item on the device.
+        run: calls the function that it is given (the forward pass), on the device thread or
+            inline, and returns its result.
 
     Returns:
         Scores before the softmax, float32 [heads, P + T + 1, S], for the P tokens of the SOT
@@ -268,7 +270,7 @@ def assign_words(
     """Assign the words of a window to its segments, and reconcile the times of words and segments.
 
     Args:
-        words: from `align`, with times within the whole audio.
+        words: from `align`, with times in seconds from the start of the whole audio.
         spans: start and end of each segment in seconds, from its timestamp tokens.
         counts: number of text tokens in each segment.
         last_end: seconds, the end of the last word before this window.
@@ -308,7 +310,11 @@ def assign_words(
 
 
 def _shorten_at_sentence_ends(words: Sequence[Word], longest: float) -> list[Word]:
-    """Shorten sentence-final punctuation marks, and the words after them, to `longest` seconds."""
+    """Return the words with sentence ends shortened that take too long.
+
+    In the result, marks that end a sentence, and the words after them, last at most `longest`
+    seconds.
+    """
     words = list(words)
     for i in range(1, len(words)):
         if words[i].end - words[i].start > longest:
@@ -320,7 +326,7 @@ def _shorten_at_sentence_ends(words: Sequence[Word], longest: float) -> list[Wor
 
 
 def _attach_punctuation(words: Sequence[Word]) -> list[Word]:
-    """Join each punctuation mark with its word; the times and probability of the word stay."""
+    """Return the words, each joined with its punctuation marks; its times and probability stay."""
     joined: list[Word] = []
     for word in reversed(words):  # opening punctuation joins the next word
         if joined and word.text.startswith(" ") and word.text.strip() in _PREPEND_PUNCTUATIONS:
@@ -343,7 +349,11 @@ def _attach_punctuation(words: Sequence[Word]) -> list[Word]:
 
 
 def _shorten_after_pause(words: list[Word], typical: float, last_end: float) -> list[Word]:
-    """Shorten the first two words of a segment after a pause to twice the typical duration each."""
+    """Return the words of a segment; after a pause, the first two are shortened.
+
+    Each of the two then lasts at most twice `typical`, the typical duration of a word. `last_end`
+    is the end of the word before the segment.
+    """
     longest, first = 2 * typical, words[0]
     if first.end - last_end <= 4 * typical:
         return words

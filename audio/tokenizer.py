@@ -166,7 +166,7 @@ class WhisperTokenizer:
 
     @functools.cached_property
     def suppress_tokens(self) -> tuple[int, ...]:
-        """Sorted ids of all tokens to suppress: non-speech and special tokens, not languages."""
+        """Sorted ids of all tokens to suppress: non-speech and special tokens, except languages."""
         special = range(self.eot + 1, self.no_timestamps)
         languages = range(self.sot + 1, self.sot + 1 + len(self.languages))
         return tuple(sorted({*self.non_speech_tokens, *(set(special) - set(languages))}))
@@ -194,9 +194,10 @@ class WhisperTokenizer:
         return words
 
     def _split_characters(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """Split token ids wherever no character is split; return the text and ids of each part.
+        """Split token ids into the shortest parts that do not split a character.
 
-        A byte that is not valid UTF-8 belongs to the text of its token.
+        Return the text and the ids of each part. A byte that is not valid UTF-8 counts as a
+        character of its own.
         """
         decoded, characters, pending, offset = self.encoding.decode(ids), [], [], 0
         for id in ids:
@@ -262,8 +263,8 @@ def load(folder: Path, vocab_size: int) -> WhisperTokenizer:
         raise ValueError(f"{path}: not a Whisper vocabulary ({error!r})") from error
     if vocab_size - tokenizer.timestamp_begin != 1501:
         raise ValueError(
-            f"{path}: the last special token must be {vocab_size - 1502} for a vocabulary of "
-            f"{vocab_size}, 1501 timestamps included; got {tokenizer.no_timestamps}"
+            f"{path}: the id of the last special token must be {vocab_size - 1502} for a "
+            f"vocabulary of {vocab_size}, 1501 timestamps included; got {tokenizer.no_timestamps}"
         )
     return tokenizer
 
@@ -271,5 +272,5 @@ def load(folder: Path, vocab_size: int) -> WhisperTokenizer:
 def _pair(merge: str | list[str]) -> list[str]:
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if len(pair) != 2:
-        raise ValueError(f"a merge must be two tokens, got {merge!r}")
+        raise ValueError(f"a merge must consist of two tokens, got {merge!r}")
     return pair

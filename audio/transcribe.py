@@ -84,7 +84,8 @@ class TranscriptionOptions:
     Attributes:
         condition_on_previous_text: use the previous text as the prompt of the next window (only
             with `batch_size` 1).
-        initial_prompt: prompt of the first window (of each region, if `batch_size` is above 1).
+        initial_prompt: prompt of the first window; of every window if `batch_size` is above 1 or
+            `condition_on_previous_text` is false.
         skip_silence: shorten long pauses before encoding.
         word_timestamps: find the start and end of every word.
         batch_size: windows decoded together; 1 decodes them one after the other.
@@ -126,7 +127,8 @@ def transcribe(
         language: a language code or English name; None to detect it. `options.language` is ignored.
         options: options of decoding each window.
         transcription_options: options of splitting the audio into windows.
-        run: runs the work items on the device.
+        run: calls the function that it is given (the encoder, or a step of the decoder), on the
+            device thread or inline, and returns its result.
 
     Returns:
         The transcript; its times are in seconds.
@@ -184,7 +186,8 @@ def find_language(
         samples: float32 [samples] at 16 kHz.
         language: a language code or English name; None to detect it.
         spans: spans of speech; without any, the detected language is "en".
-        run: runs the work items on the device.
+        run: calls the function that it is given (the encoder, or a step of the decoder), on the
+            device thread or inline, and returns its result.
 
     Raises:
         ValueError: the model does not support the language.
@@ -216,7 +219,8 @@ def generate_segments(
         options: options of decoding each window, the language included.
         transcription_options: options of splitting the audio into windows.
         spans: spans of speech, from `find_speech`; None to find them.
-        run: runs the work items on the device.
+        run: calls the function that it is given (the encoder, or a step of the decoder), on the
+            device thread or inline, and returns its result.
 
     Raises:
         ValueError: the model does not support the language or task.
@@ -293,7 +297,7 @@ def _restore_times(segment: Segment, frames: np.ndarray, spans: Sequence[Span]) 
 
 @dataclass
 class _Region:
-    """A region of the spectrogram that is decoded window by window."""
+    """The state of decoding a region of the spectrogram, window by window."""
 
     seek: int  # first frame of its next window
     end: int
@@ -383,7 +387,7 @@ def next_window(
     spans: Sequence[Span],
     tokenizer: WhisperTokenizer,
 ) -> tuple[list[TokenSlice], int, bool]:
-    """Select the slices of a window to keep, and decide where the next window begins.
+    """Select the token slices of a window to keep, and decide where the next window begins.
 
     If the last slice has no end timestamp, its sentence continues after the window: the slice is
     dropped and the next window begins at its start (unless it is the only slice). If the last slice
@@ -509,7 +513,7 @@ def _speech_between(start: int, end: int, spans: Sequence[Span]) -> float:
 def _encode(whisper: Whisper, windows: Sequence[np.ndarray], run: RunOnDevice) -> jax.Array:
     """Encode windows of a spectrogram [T, M]; return audio features [A, max_audio_len, D].
 
-    Each window is one work item.
+    `run` is called once for each window.
     """
     audio_features = []
     for window in windows:
@@ -534,6 +538,9 @@ def split_at_timestamps(result: DecodingResult, tokenizer: WhisperTokenizer) -> 
     Args:
         result: the decoded window.
         tokenizer: the model's tokenizer.
+
+    Returns:
+        For each segment its token ids, timestamps included, and their log-probabilities.
     """
     begin, ids = tokenizer.timestamp_begin, result.ids
     splits = [i for i in range(1, len(ids)) if ids[i - 1] >= begin and ids[i] >= begin]

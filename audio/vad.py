@@ -102,7 +102,7 @@ def _to_frame(seconds: float) -> int:
 
 
 def _is_modulated(levels: np.ndarray) -> bool:
-    """Return whether the level within a span varies as much as that of speech, without its ends.
+    """Return whether the levels of a span, except at its ends, vary as much as those of speech.
 
     A span shorter than one syllable counts as modulated.
     """
@@ -143,8 +143,8 @@ def remap_spans(spans: Sequence[Span], frames: np.ndarray) -> list[Span]:
 def snap_to_speech(start: float, end: float, spans: Sequence[Span]) -> Span:
     """Move a start out of a pause to the next speech, and an end out of a pause to the last speech.
 
-    Times within 0.3 seconds of a pause count as within it. If there is no speech between start and
-    end, both are returned unchanged.
+    A start at most 0.3 seconds before a pause, and an end at most 0.3 seconds after one, count as
+    within the pause. If there is no speech between start and end, both are returned unchanged.
 
     Args:
         start: seconds.

@@ -14,14 +14,14 @@ from audio.tokenizer import WhisperTokenizer
 
 T = TypeVar("T")
 
-# A function that runs one work item (a computation of limited duration) on the device and returns
-# its result. A server passes a function that queues the item behind those of other requests; the
-# default runs it at once.
+# A function that calls the function it is given (a computation of limited duration on the device)
+# and returns its result. A server passes one that queues the call behind those of other requests;
+# the default calls it at once.
 RunOnDevice = Callable[[Callable[[], T]], T]
 
 
 def run_inline(work_item: Callable[[], T]) -> T:
-    """Run a work item at once and return its result; the default `RunOnDevice`."""
+    """Call a function at once and return its result; the default of all parameters `run`."""
     return work_item()
 
 

@@ -108,7 +108,9 @@ def test_teacher_forced_logits_give_the_decoded_logprobs(clip, whisper):
 
 
 @pytest.mark.parametrize(("dtype", "max_errors"), [("bfloat16", 0), ("int8", 4)])
-def test_bfloat16_and_int8_return_the_same_words(dtype, max_errors, clip, golden, model_file):
+def test_bfloat16_and_int8_return_the_words_of_openai_whisper(
+    dtype, max_errors, clip, golden, model_file
+):
     """The clips have 21 words; int8 spells "cold-hearted" and "ill-disposed" differently."""
     loaded = load_model(model_file("whisper-tiny.en"), dtype=dtype)
     names = ("austen-0880", "austen-0890")

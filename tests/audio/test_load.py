@@ -419,13 +419,13 @@ TEXT = b"This is not sound. " * 100
         (TEXT, "MP3"),
     ],
 )
-def test_leading_bytes_are_skipped(front, kind):
+def test_bytes_before_the_audio_are_skipped(front, kind):
     assert abs(len(load(front + tone_file(kind, 2))) - 2 * SAMPLE_RATE) < SAMPLE_RATE / 8
 
 
 @pytest.mark.parametrize("back", [bytes(3000), b"TAG" + bytes(125), TEXT])
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG OPUS", "mp4/aac", "adts/aac"])
-def test_trailing_bytes_are_skipped(kind, back):
+def test_bytes_after_the_audio_are_skipped(kind, back):
     for name in (None, "a.mp3", "a.gsm"):  # GSM has a suffix but no signature
         assert (
             abs(len(load(tone_file(kind, 2) + back, name=name)) - 2 * SAMPLE_RATE) < SAMPLE_RATE / 8
@@ -444,7 +444,7 @@ def test_truncated_file_is_decoded_in_part(kind):
     assert SAMPLE_RATE < len(load(data[: len(data) // 2])) < 3 * SAMPLE_RATE
 
 
-def test_wav_header_within_flac_metadata_does_not_split():
+def test_wav_header_within_flac_metadata_does_not_split_the_file():
     """`flac --keep-foreign-metadata` stores the header of the source WAV."""
     data = tone_file("FLAC")
     wav_header = b"riffRIFF\0\0\0\0WAVEfmt "
@@ -454,7 +454,7 @@ def test_wav_header_within_flac_metadata_does_not_split():
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG OPUS", "OGG VORBIS", "MP3", "AIFF"])
-def test_plain_files_without_ffmpeg_are_decoded(kind, monkeypatch):
+def test_undamaged_single_files_are_decoded_without_ffmpeg(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     assert abs(len(load(tone_file(kind))) - SAMPLE_RATE) < SAMPLE_RATE / 8
 

@@ -189,7 +189,7 @@ def test_config_with_unsupported_value_is_refused(change):
         Config.from_hf(WHISPER_TINY | change)
 
 
-def test_duplicate_tied_embedding_is_read_if_equal(params, tmp_path):
+def test_copy_of_tied_embedding_is_accepted_if_equal(params, tmp_path):
     checkpoint.save(tmp_path, params, CFG)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)

@@ -214,7 +214,7 @@ def test_adjacent_timestamps_split_the_tokens(tokenizer):
 # timing
 
 
-def test_next_window_begins_at_unfinished_slice_or_skipped_speech(tokenizer):
+def test_next_window_begins_at_unfinished_segment_or_undecoded_speech(tokenizer):
     def token_slice(*ids):
         return ids, (0.0,) * len(ids)
 
@@ -441,7 +441,7 @@ def pack_model(variables, aliases=()):
     return data + b"".join(string(a) + string(b) for a, b in aliases)
 
 
-def test_model_bin_is_read_and_dequantized(tmp_path):
+def test_ctranslate2_model_bin_is_read_and_dequantized(tmp_path):
     path = tmp_path / "model.bin"
     half = np.arange(6, dtype=np.float16).reshape(2, 3)
     narrow = np.array([[127, -64], [1, 0]], np.int8)
@@ -454,7 +454,7 @@ def test_model_bin_is_read_and_dequantized(tmp_path):
     np.testing.assert_allclose(arrays["b/weight"], [[1, -64 / 127], [0.5, 0]])
 
 
-def test_damaged_model_bin_is_refused(tmp_path):
+def test_damaged_ctranslate2_model_bin_is_refused(tmp_path):
     path, valid = (
         tmp_path / "model.bin",
         pack_model({"a": np.zeros((2, 3), np.float32)}, [("c", "a")]),
