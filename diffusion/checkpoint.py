@@ -97,6 +97,6 @@ def _read_config(path: Path) -> tuple[Config, ModuleType]:
 
 
 def _leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree by path, such as `stages.1.down.0.first.weight`."""
+    """Return a dict from path, such as `stages.1.down.0.first.weight`, to leaf of a pytree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

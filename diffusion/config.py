@@ -56,7 +56,7 @@ class UNetConfig:
         """Return the config of a U-Net with fewer than 50,000 weights, for tests.
 
         Args:
-            **changes: replace fields.
+            **changes: fields to replace, with their values.
         """
         fields: dict[str, Any] = dict(
             image_size=8,
@@ -116,7 +116,7 @@ class DiTConfig:
         """Return the config of a transformer with fewer than 50,000 weights, for tests.
 
         Args:
-            **changes: replace fields.
+            **changes: fields to replace, with their values.
         """
         fields: dict[str, Any] = dict(
             image_size=8,

@@ -141,9 +141,9 @@ class Concept:
         name: the name, such as "red apple".
         plain: a single word for the concept, such as "apple"; None if there is none. Other
             concepts can have the same word.
-        captions: probability of each caption; they sum to 1, and the name is first.
-        group: a key of `GROUPS`.
-        weight: sampling weight relative to other concepts.
+        captions: a dict from each caption to its sampling probability; the name is the first key.
+        group: the number of its group of emoji, a key of `GROUPS`.
+        weight: the sampling weight in training, relative to other concepts.
         directed: whether its images must not be mirrored (letters, hands, arrows, the moon).
     """
 
@@ -211,7 +211,7 @@ def _head_noun(name: str) -> str:
 
 
 def _is_included(entry: dict) -> bool:
-    """Return whether to train on an emoji: flags, clock times and variants are excluded."""
+    """Return whether to train on an emoji; flags, clock times and variants are excluded."""
     label = entry["label"]
     if entry.get("group") not in GROUPS or _TIME.search(label):
         return False
@@ -229,7 +229,10 @@ def _is_included(entry: dict) -> bool:
 def _concept(
     entry: dict, shortcodes: list[str] | str, tag_counts: Counter, noun_counts: Counter
 ) -> Concept:
-    """Return the concept of one entry of emojibase, with its captions and their probabilities."""
+    """Return the concept of one entry of emojibase, with its captions and their probabilities.
+
+    `tag_counts` and `noun_counts` are the numbers of entries that share each tag and head noun.
+    """
     name = entry["label"].replace("“", "").replace("”", "").replace("’", "'").replace("⊛ ", "")
     captions = defaultdict(float, {name.lower(): 4.0})
     first = name.split()[0]
@@ -278,7 +281,7 @@ def load_images(
         decode: decodes the bytes of a file to an image of a given size; None for `on_white`.
 
     Returns:
-        Images uint8 [SIZE, SIZE, 3] on white, by the code of their concept.
+        A dict from the code of each concept to its image on white, uint8 [SIZE, SIZE, 3].
     """
     # Codes occur with and without U+FE0F, the variation selector for colour.
     codes = {_normalize_code(concept.code): concept.code for concept in concepts}
@@ -396,7 +399,7 @@ class EmojiDataset:
         style_ids: int [n], the index into `STYLES` of each image.
         held_out: bool [n], whether each image is held out for evaluation.
         concepts: all concepts.
-        caption_rows: by caption, its row in `states`, `mask` and `pooled`.
+        caption_rows: a dict from each caption to its row index in `states`, `mask` and `pooled`.
         states: float16 [captions, S, E], encoder states of the tokens, memory-mapped.
         mask: bool [captions, S], False for padding.
         pooled: float16 [captions, E], sentence embeddings.
@@ -424,7 +427,7 @@ class EmojiDataset:
         return downscale(self.images[indices], size)
 
     def caption_embeds(self, captions: Sequence[str]) -> dict[str, Any]:
-        """Return the embeddings of the given captions, as the fields of `PromptEmbeds`."""
+        """Return the embeddings of captions, as a dict of the fields of `PromptEmbeds`."""
         rows = np.array([self.caption_rows[caption] for caption in captions])
         return {
             "states": self.states[rows],
@@ -433,7 +436,7 @@ class EmojiDataset:
         }
 
     def sample_caption(self, random: np.random.Generator, image: int) -> str:
-        """Sample a caption of an image, with its style half of the time.
+        """Return a random caption of an image, followed by the name of its style half of the time.
 
         Args:
             random: the random number generator.

@@ -100,7 +100,7 @@ def steps(
 def renoise(
     z: jax.Array, level: NoiseLevel, noisier_level: NoiseLevel, noise: jax.Array
 ) -> jax.Array:
-    """Add fresh noise to noisy images so that they are at a level of more noise.
+    """Return noisy images with fresh noise added, so that they are at a noisier level.
 
     Args:
         z: noisy images at `level`.
@@ -173,7 +173,8 @@ def paste(original: np.ndarray, generated: np.ndarray, mask: np.ndarray) -> np.n
     """Paste a generated image into the original; pixels where the mask is 0 are copied unchanged.
 
     Args:
-        original: uint8 [Y, X, 3 or 4]; without the alpha channel if that is the mask.
+        original: uint8 [Y, X, 3 or 4]. If the mask was made from its alpha channel (`alpha_mask`),
+            pass the first three channels only.
         generated: uint8 [S, S, 3], generated from `preprocess_image(original)`.
         mask: float [Y, X, 1], 1 where the original is replaced.
 
@@ -193,13 +194,13 @@ def paste(original: np.ndarray, generated: np.ndarray, mask: np.ndarray) -> np.n
 
 
 def _margins(height: int, width: int) -> tuple[int, int]:
-    """Return the number of rows above and columns left of an image centred in a square."""
+    """Return the numbers of rows above and columns left of an image centred in its square."""
     side = max(height, width)
     return (side - height) // 2, (side - width) // 2
 
 
 def _pad_to_square(image: np.ndarray, value: float) -> np.ndarray:
-    """Centre an image in a square of the given value."""
+    """Return an image centred in a square that is filled with `value`."""
     height, width, channels = image.shape
     side = max(height, width)
     top, left = _margins(height, width)

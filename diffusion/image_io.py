@@ -51,7 +51,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         ValueError: the format is not supported, the file is truncated or damaged, the image is
             larger than `max_pixels` allows, or the file has more than `MAX_SCANS` scans or
-            `MAX_PARTS` parts.
+            `MAX_PARTS` parts (PNG chunks or JPEG segments).
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -99,11 +99,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 class _TooLarge(ValueError):
-    """The image has too many pixels, parts or scans."""
+    """The image has too many pixels, parts (PNG chunks or JPEG segments) or scans."""
 
 
 def _transparent_colour(image: ImageFile) -> tuple[int, tuple[int, ...]] | None:
-    """Return the bits per sample and the transparent colour of a PNG file; None if it has none.
+    """Return the bits per sample and the transparent colour of a PNG; None without such a colour.
 
     Args:
         image: an image opened by Pillow and not decoded yet.
@@ -129,7 +129,9 @@ def _low_bytes(data: bytes) -> np.ndarray:
 
 
 def _check_parts(data: bytes) -> None:
-    """Check the number of parts and scans of a file before decoding, which could take too long.
+    """Check a file before decoding, which could take too long.
+
+    Parts are the chunks of a PNG or the segments of a JPEG; scans are those of a progressive JPEG.
 
     Raises:
         ValueError: the file has more than `MAX_PARTS` parts or `MAX_SCANS` scans.
@@ -151,7 +153,7 @@ def _check_parts(data: bytes) -> None:
             if code not in (_SOI, _TEM):
                 position += int.from_bytes(data[position : position + 2], "big")
     if parts > MAX_PARTS:
-        raise _TooLarge(f"the image file has more than {MAX_PARTS:,} parts")
+        raise _TooLarge(f"the image file has more than {MAX_PARTS:,} chunks or segments")
     if scans > MAX_SCANS:
         raise _TooLarge(f"the image has more than {MAX_SCANS} scans; save it as a baseline JPEG")
 

@@ -21,7 +21,7 @@ _MAX_FREQUENCY = 50.0  # highest frequency: periods between t = 0 and t = 1
 
 @struct.dataclass
 class Condition:
-    """Weights of the embedding of time and prompt."""
+    """Weights of the layers that embed the timestep and the prompt."""
 
     time: Linear  # [d_cond, 2 x 32]
     prompt: Linear  # [d_cond, E]
@@ -30,7 +30,7 @@ class Condition:
 
 
 def array_info(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Any) -> Any:
-    """Return an `ArrayInfo`, typed as `Any` to stand where an array is declared.
+    """Return an `ArrayInfo`, typed as `Any` so that it can be the value of an array field.
 
     Args:
         shape: the shape of the array.
@@ -94,17 +94,17 @@ def init(key: jax.Array, tree: Any) -> Any:
 def condition(
     p: Condition, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the conditioning that every block receives.
+    """Embed timesteps and prompts, as the conditioning of every block.
 
     Args:
         p: the weights.
-        t: float32 [B], flow times.
+        t: float32 [B], timesteps as flow times: 0 is noise, 1 the clean image.
         text: the encoded prompts.
         keep: bool [B]; where False, the prompt is replaced by the single token `p.null`.
 
     Returns:
-        The embedding of time and prompt, float32 [B, d_cond]; the normalized states of the prompt
-        tokens, [B, S, E]; and their mask, bool [B, S].
+        The embedding of timestep and prompt, float32 [B, d_cond]; the normalized states of the
+        prompt tokens, [B, S, E]; and their mask, bool [B, S].
     """
     keep = keep[:, None]
     words = jnp.where(keep[..., None], text.states.astype(jnp.float32), p.null)

@@ -95,7 +95,10 @@ def retrieval(scores: np.ndarray, right: np.ndarray, k: int, among: int = 100) -
     num_samples = comb(wrong, among - 1)
 
     def share(count: int) -> float:
-        """Return how often fewer than k captions of a sample are better, if `count` of all are."""
+        """Return the share of samples in which the right caption is among the k best.
+
+        `count` is the number of wrong captions that score higher than the right one.
+        """
         hits = sum(
             comb(count, i) * comb(wrong - count, among - 1 - i) for i in range(min(k, among))
         )

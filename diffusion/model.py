@@ -2,7 +2,7 @@
 
 The network's input has variance 1. Its output, scaled, is the difference between the clean image
 and the best linear estimate of the clean image from the noisy one (`schedule.precondition`; Karras
-et al. 2022, arXiv:2206.00364). Times are those of a straight flow: 0 is noise, 1 is the image.
+et al. 2022, arXiv:2206.00364). Times are those of a rectified flow: 0 is noise, 1 is the image.
 """
 
 from __future__ import annotations

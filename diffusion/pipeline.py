@@ -172,13 +172,13 @@ def denoise_with_guidance(
     """Predict clean images with classifier-free guidance.
 
     The predictions with and without the prompt are computed in one batch. For an empty prompt, both
-    are without.
+    are made without a prompt.
 
     Args:
         params: the weights of the denoiser.
         cfg: the config of the denoiser.
-        z: float32 [B, Y, X, 3], noisy images in the notation of a flow (`schedule`).
-        t: float, the flow time of all rows.
+        z: float32 [B, Y, X, 3], noisy images `t * x + (1 - t) * e`; see `model.denoise`.
+        t: float, the flow time of all images.
         text: the encoded prompts.
         guidance: the guidance scale.
 

@@ -42,7 +42,7 @@ class Step(NamedTuple):
     Attributes:
         number: the number of steps taken so far, from 1.
         noisy: [B, Y, X, 3], the noisy images at the noise level just reached.
-        clean: [B, Y, X, 3], the clean images predicted at the noise level before.
+        clean: [B, Y, X, 3], the clean images predicted in this step, at the previous noise level.
     """
 
     number: int

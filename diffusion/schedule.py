@@ -3,11 +3,11 @@
 A noisy image is `z = alpha * x + sigma * e`, with x the clean image and e standard normal noise.
 The literature has three notations of alpha and sigma:
 
-    betas  alpha^2 + sigma^2 = 1, defined by n small noising steps (DDPM; Ho et al. 2020,
-    arXiv:2006.11239) sigma  alpha = 1, sigma from 80 down to 0 (EDM; Karras et al. 2022,
-    arXiv:2206.00364) flow   alpha = t, sigma = 1 - t, t from 0 to 1 (Lipman et al. 2022,
-    arXiv:2210.02747;
-           Liu et al. 2022, arXiv:2209.03003)
+- betas: alpha^2 + sigma^2 = 1, defined by n small noising steps (DDPM; Ho et al. 2020,
+  arXiv:2006.11239).
+- sigma: alpha = 1, sigma from 80 down to 0 (EDM; Karras et al. 2022, arXiv:2206.00364).
+- flow: alpha = t, sigma = 1 - t, t from 0 to 1 (rectified flow; Liu et al. 2022, arXiv:2209.03003;
+  Lipman et al. 2022, arXiv:2210.02747).
 
 They are equivalent: scaling z does not change its information about x, so only the ratio
 sigma / alpha matters. `to_flow`, `from_flow` and the like convert, and a network trained in one
@@ -59,22 +59,22 @@ def from_sigma(sigma: Any) -> NoiseLevel:
 
 
 def from_flow(t: Any) -> NoiseLevel:
-    """Convert a time of a straight flow (0 is noise, 1 is the image) to a noise level."""
+    """Convert a time of a rectified flow (0 is noise, 1 is the image) to a noise level."""
     return NoiseLevel(t, 1 - t)
 
 
 def to_alpha_bar(level: NoiseLevel) -> Any:
-    """Return DDPM's alpha-bar at which sigma / alpha is that of `level`."""
+    """Return DDPM's alpha-bar at which sigma / alpha equals that of `level`."""
     return level.alpha**2 / (level.alpha**2 + level.sigma**2)
 
 
 def to_flow(level: NoiseLevel) -> Any:
-    """Return the time of a straight flow at which sigma / alpha is that of `level`."""
+    """Return the time of a rectified flow at which sigma / alpha equals that of `level`."""
     return level.alpha / (level.alpha + level.sigma)
 
 
 def rescale(z: Any, source: NoiseLevel, destination: NoiseLevel) -> Any:
-    """Convert noisy images to another notation.
+    """Return noisy images scaled to another notation of their noise level, such as EDM to flow.
 
     Args:
         z: noisy images at `source`.
@@ -143,7 +143,7 @@ def karras_levels(
 
 
 def flow_levels(steps: int, shift: float = 1.0, *, begin: float = 0.0) -> list[NoiseLevel]:
-    """Return the noise levels of a straight flow at evenly spaced times.
+    """Return the noise levels of a rectified flow at evenly spaced times.
 
     Args:
         steps: the number of denoising steps; the result has one more level.
@@ -163,8 +163,8 @@ def target(kind: PredictionType, x: Any, e: Any, level: NoiseLevel) -> Any:
 
     Args:
         kind: the prediction type. "x0" is x; "epsilon" is e; "v" is `alpha * e - sigma * x`
-            (Salimans & Ho 2022, arXiv:2202.00512); "flow" is `x - e`, the velocity of a straight
-            flow.
+            (Salimans & Ho 2022, arXiv:2202.00512); "flow" is `x - e`, the velocity of a
+            rectified flow.
         x: clean images.
         e: noise.
         level: the noise level.

@@ -57,7 +57,7 @@ def packages(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_variants_flags_and_clocks_are_excluded(packages):
+def test_emoji_variants_flags_and_clocks_are_excluded(packages):
     names = [concept.name for concept in data.load_concepts(packages)]
     assert names == ["red apple", "green apple", "cat", "red heart", "right arrow"]
 
@@ -125,12 +125,12 @@ def test_dataset_has_every_image_and_caption(packages, tmp_path):
     assert not any("flat" in caption for caption in sampled)
 
 
-def test_package_with_wrong_hash_is_refused(packages):
+def test_npm_package_with_wrong_hash_is_refused(packages):
     with pytest.raises(ValueError, match=r"sha256.*\bd01d0e2c"):
         data.fetch(packages)
 
 
-def test_held_out_share_is_about_one_in_thirty():
+def test_share_of_held_out_images_is_about_one_in_thirty():
     concept = data.Concept("", "", None, {}, 3, 1.0, False)
     codes = [replace(concept, code=f"{n:x}") for n in range(2000)]
     share = np.mean([data.is_held_out(c, s) for c in codes for s in data.STYLES])

@@ -78,7 +78,7 @@ def test_inpainted_image_does_not_depend_on_rest_of_batch(tiny, sources, sampler
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
-def test_masked_part_is_the_noised_original_at_every_level(sampler):
+def test_inpainting_keeps_the_noised_original_outside_the_mask(sampler):
     """Replacing the predicted clean image equals RePaint's replacement, for every sampler."""
     original = jnp.asarray(RANDOM.uniform(-1, 1, (1, 4, 4, 3)), jnp.float32)
     mask = jnp.zeros((1, 4, 4, 1)).at[:, 2:].set(1.0)
@@ -98,7 +98,7 @@ def test_masked_part_is_the_noised_original_at_every_level(sampler):
     )  # `dummy` predicts each pixel from that pixel only
 
 
-def test_generated_part_depends_on_the_masked_part(tiny, sources):
+def test_inpainted_part_depends_on_the_image_outside_the_mask(tiny, sources):
     mask = np.zeros((1, 8, 8, 1), np.float32)
     mask[:, 2:6, 2:6] = 1
     result = [edit_images(tiny, ["a cat"], images=sources[i : i + 1], masks=mask) for i in (0, 1)]
@@ -143,7 +143,7 @@ def test_preprocess_image_averages_areas_on_white():
     )
 
 
-def test_preprocess_mask_of_any_masked_pixel_is_1():
+def test_preprocess_mask_marks_areas_with_any_masked_pixel():
     mask = np.zeros((8, 8, 1), np.float32)
     mask[3, 5] = 0.1
     resized = edit.preprocess_mask(mask, 4)[..., 0]

@@ -92,7 +92,7 @@ def test_errors_decrease_with_the_order_of_the_sampler():
         assert error(sampler, 32) < error("euler", 32) / 2
 
 
-def test_equal_ratios_in_any_notation_give_equal_images():
+def test_equal_noise_ratios_in_all_notations_give_equal_images():
     """The same ratios as a flow, with variance 1, or with sigma give the same image."""
     flow = schedule.flow_levels(8)[1:]
     z = sample.normal(sample.image_keys(0, 2), (4, 4, 3))
@@ -110,7 +110,7 @@ def test_equal_ratios_in_any_notation_give_equal_images():
         np.testing.assert_allclose(images[2], images[0], atol=2e-5)
 
 
-def test_steps_yield_the_noisy_and_the_predicted_image():
+def test_sampler_steps_yield_the_noisy_and_the_predicted_image():
     z = sample.normal(sample.image_keys(0, 1), (4, 4, 3))
     levels = schedule.flow_levels(5)
     steps = list(sample.steps(dummy, z, levels, "euler"))

@@ -34,7 +34,7 @@ def test_error_names_unknown_prediction_type():
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
-def test_conversions_preserve_the_ratio(level):
+def test_conversions_of_a_noise_level_preserve_its_ratio(level):
     for other in (
         schedule.from_flow(schedule.to_flow(level)),
         schedule.from_alpha_bar(schedule.to_alpha_bar(level)),
