@@ -107,7 +107,7 @@ def _notify(line: str) -> None:
 
 
 def _settings_fields(args: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """Return the parsed arguments that are fields of the dataclass `settings`, as keywords."""
+    """Return a dict of the parsed arguments that are fields of the dataclass `settings`."""
     values = vars(args)
     return {field.name: values[field.name] for field in fields(settings) if field.name in values}
 

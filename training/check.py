@@ -56,10 +56,11 @@ class Report:
         tokens: the number of tokens in all valid examples.
         target_tokens: the number of tokens with a weight above 0 in the loss.
         longest: the number of tokens in the longest example.
-        lengths: a histogram: the number of examples by upper bound of their length, a power of 2.
+        lengths: a histogram of the lengths in tokens: a dict from an upper bound, which is a power
+            of 2, to the number of examples.
         problems: the first `MAX_LISTED` problems, in order.
-        counts: the number of all problems by code.
-        notes: the number of harmless irregularities (such as blank lines) by code.
+        counts: a dict from each code to the number of problems with it, listed or not.
+        notes: a dict from each code of a harmless irregularity, such as "blank_line", to its count.
         first_duplicate: the line of the first example that repeats an earlier one, and the line of
             the earlier one.
     """
@@ -248,7 +249,7 @@ def report_lines(report: Report) -> list[str]:
 
 
 def _looks_like_jsonl(report: Report) -> bool:
-    """Return whether the start of a file looks like JSON lines; if not, add the problem."""
+    """Return whether a file looks like JSON lines; if not, add the problem to the report."""
     if report.bytes > MAX_BYTES:
         size, most = (number / 2**20 for number in (report.bytes, MAX_BYTES))
         reason = f"The file has {size:.0f} MB; the maximum for training is {most:.0f} MB."
@@ -284,7 +285,7 @@ def _looks_like_jsonl(report: Report) -> bool:
 
 
 def ends_in_carriage_returns(path: Path) -> bool:
-    """Return whether the first example ends in a carriage return without a line feed."""
+    """Return whether the first example of a file ends in a carriage return without a line feed."""
     _, line = next(examples.lines(path), (1, b""))
     first, end, rest = line.removeprefix(BOM).lstrip().partition(b"\r")
     return bool(end and rest) and not isinstance(examples.parse(first), Fault)

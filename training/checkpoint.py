@@ -102,7 +102,10 @@ def load(folder: Path, like: State, config: TrainConfig) -> tuple[State, dict[st
     path = folder / f"step-{steps[-1]:06d}"
     metadata = _read_metadata(path / _METADATA)
     if metadata["step"] != steps[-1]:
-        raise ValueError(f"{path / _METADATA}: step must be {steps[-1]}, got {metadata['step']}")
+        raise ValueError(
+            f"{path / _METADATA}: step must be {steps[-1]} as in the name of the folder, "
+            f"got {metadata['step']}"
+        )
     _check_config(path, TrainConfig.from_json(metadata["config"]), config)
     try:
         with safe_open(path / _TENSORS, framework="numpy") as file:
@@ -131,7 +134,9 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     keys = {"format", "step", "config", "progress"}
     if not isinstance(metadata, dict) or metadata.keys() != keys:
-        raise ValueError(f"{path}: must be an object with the keys {', '.join(sorted(keys))}")
+        raise ValueError(
+            f"{path}: must contain a JSON object with the keys {', '.join(sorted(keys))}"
+        )
     if metadata["format"] != _FORMAT_VERSION:
         raise ValueError(f"{path}: format must be {_FORMAT_VERSION}, got {metadata['format']!r}")
     return metadata

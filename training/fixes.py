@@ -102,7 +102,7 @@ def _descriptions(counts: Counter[str]) -> list[str]:
 
 
 def _lines(path: Path, counts: Counter[str]) -> Iterator[bytes]:
-    """Yield the lines that are not blank, encoded in UTF-8; count the fixes by code."""
+    """Yield the lines that are not blank, in UTF-8; count the applied fixes in `counts`."""
     with open(path, "rb") as file:
         start = file.read(4096)
     if start.removeprefix(BOM).lstrip()[:1] == b"[":

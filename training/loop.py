@@ -32,7 +32,7 @@ class Outcome:
 
     Attributes:
         state: the last state.
-        reason: why the call returned.
+        reason: why the call returned; "stopped early" is early stopping by `patience`.
         signal: the number of the signal that stopped the run; None if none did.
     """
 
@@ -166,7 +166,7 @@ def _update_best(best: dict[str, Any], loss: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[list[int]]:
-    """Within the block, append SIGTERM and SIGINT to the yielded list; the process goes on."""
+    """While the context is open, append SIGTERM and SIGINT to the yielded list; do not exit."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught  # only the main thread can set signal handlers

@@ -33,7 +33,7 @@ def cross_entropy(
         table: the LM head [V, D], float32 or bfloat16; its dtype is that of the matrix product.
         targets: int32 [R], the target tokens.
         weights: float32 [R], the weight of each row.
-        softcap: logits become softcap * tanh(logit / softcap); None: no cap.
+        softcap: logits are replaced by softcap * tanh(logit / softcap); None leaves them unchanged.
 
     Returns:
         The weighted sum of the losses, and the sum of the weights of rows whose most likely token

@@ -22,7 +22,7 @@ _RESERVED = ("loss", "weight", "grad_norm", "lr", "tokens")
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Return the sums of a task divided by the sum of weights; "correct" becomes "accuracy".
+    """Return the sums of a task divided by the sum of weights; "correct" is renamed "accuracy".
 
     Args:
         sums: "loss", "weight" and other sums; see `Task.loss`.

@@ -102,7 +102,7 @@ class Batches:
         return map(self._group, range(steps))
 
     def _best_width(self, longest: int) -> int:
-        """Return the row width at which the estimated cost of the first batches is lowest."""
+        """Return the row width, at least `longest`, at which the first batches cost least."""
         groups = list(self._groups(min(self.steps_per_epoch, 50)))
         narrowest = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         widths = [narrowest, *range(narrowest + WIDTH_MULTIPLE, MAX_WIDTH + 1, WIDTH_MULTIPLE)]

@@ -14,7 +14,7 @@ import numpy as np
 
 
 def to_named(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree by their names."""
+    """Return a dict from name to leaf of a pytree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_name(path): leaf for path, leaf in leaves}
 
@@ -23,7 +23,7 @@ def from_named(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
     """Return a pytree with the named arrays as leaves; the inverse of `to_named`.
 
     Args:
-        arrays: the arrays by their names.
+        arrays: a dict from name to array, as from `to_named`.
         like: a pytree of the expected structure; only shape and dtype of its leaves are used.
 
     Raises:

@@ -194,7 +194,7 @@ def test_unambiguous_problem_is_fixed(tmp_path, content, fact):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "fixed.jsonl"]
 
 
-def test_fix_keeps_duplicates(tmp_path):
+def test_fix_keeps_duplicate_examples(tmp_path):
     """Bug: duplicates were removed, so that the example lost the weight of its copies."""
     report = checked(tmp_path, GOOD + LINES[0] + b"\n\n" + LINES[3])
     target = tmp_path / "fixed.jsonl"
@@ -228,7 +228,7 @@ def test_ambiguous_problem_is_not_fixed(tmp_path):
     assert (tmp_path / "b").read_bytes().splitlines() == [*LINES, *bad]
 
 
-def test_fix_of_damaged_array_raises_and_leaves_no_file(tmp_path):
+def test_fix_of_damaged_json_array_raises_and_leaves_no_file(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(json.dumps(ROWS).encode()[:-1])
     with pytest.raises(ValueError, match=naming(path, "array")):

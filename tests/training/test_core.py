@@ -517,7 +517,7 @@ def saved(tmp_path):
     return tmp_path, now
 
 
-def test_load_returns_the_saved_state(saved):
+def test_checkpoint_load_returns_the_saved_state(saved):
     folder, now = saved
     found, progress = checkpoints.load(folder, now, SMALL)
     assert same(found, now) and progress == {"best": 1.5, "since": 2}
@@ -540,7 +540,7 @@ def test_save_removes_incomplete_checkpoints(saved):
     assert sorted(p.name for p in folder.iterdir()) == ["step-000000", "step-000003"]
 
 
-def test_load_with_other_settings_raises(saved):
+def test_checkpoint_load_with_other_settings_raises(saved):
     folder, now = saved
     with pytest.raises(ValueError, match=naming("learning_rate", 0.01, 0.02)):
         checkpoints.load(folder, now, replace(SMALL, learning_rate=0.02))
@@ -562,7 +562,7 @@ def test_load_with_other_settings_raises(saved):
         ),
     ],
 )
-def test_load_with_wrong_tensor_raises_and_names_it(saved, change, facts):
+def test_checkpoint_load_with_wrong_tensor_raises_and_names_it(saved, change, facts):
     from safetensors.numpy import load_file, save_file
 
     folder, now = saved
@@ -582,14 +582,14 @@ def test_load_with_wrong_tensor_raises_and_names_it(saved, change, facts):
         ("checkpoint.json", b'{"format": 1}', ["config", "format", "progress", "step"]),
     ],
 )
-def test_load_of_damaged_file_raises_and_names_it(saved, name, content, facts):
+def test_checkpoint_load_of_damaged_file_raises_and_names_it(saved, name, content, facts):
     folder, now = saved
     (folder / "step-000000" / name).write_bytes(content)
     with pytest.raises(ValueError, match=naming(name, *facts)):
         checkpoints.load(folder, now, SMALL)
 
 
-def test_load_with_unknown_setting_raises_and_names_it(saved):
+def test_checkpoint_load_with_unknown_setting_raises_and_names_it(saved):
     folder, now = saved
     path = folder / "step-000000" / "checkpoint.json"
     rest = json.loads(path.read_text())

@@ -90,7 +90,7 @@ def test_augment_varies_images_and_keeps_white():
     np.testing.assert_allclose(greys, greys[..., :1].repeat(3, -1))
 
 
-def test_blur_keeps_constant_images_and_the_sum():
+def test_blur_keeps_constant_images_and_the_sum_of_pixels():
     x = np.zeros((1, 5, 5, 1))
     x[0, 2, 2] = 16
     assert clip_judge._blur(x)[0, 1:4, 1:4, 0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
@@ -186,7 +186,7 @@ def test_judge_trains_and_resumes(packages, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_measures_and_grids_are_written(tmp_path, monkeypatch, model_file):
+def test_emoji_measures_and_image_grids_are_written(tmp_path, monkeypatch, model_file):
     monkeypatch.setattr(clip_judge, "CHANNELS", (8, 8))
     monkeypatch.setattr(emoji_measures, "SAMPLE_PROMPTS", ("cat", "dog"))
     pack = write_dataset(tmp_path / "pack", count=110, held_out=0.2)

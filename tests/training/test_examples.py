@@ -21,11 +21,11 @@ def target_text(row: dict, kind: str, tokenizer=TOKENIZER) -> str:
     return ENCODING.decode(example.ids[example.weights > 0].tolist())
 
 
-def test_targets_of_chat_are_assistant_turns_with_their_end():
+def test_loss_targets_of_chat_are_assistant_messages_with_end_tokens():
     assert target_text(chat("q", "one", "r", "two"), "chat") == "one<|im_end|>two<|im_end|>"
 
 
-def test_assistant_turn_of_weight_0_is_no_target():
+def test_assistant_message_of_weight_0_is_no_loss_target():
     row = chat("q", "one", "r", "two")
     row["messages"][1]["weight"], row["messages"][3]["weight"] = 0, 1
     assert target_text(row, "chat") == "two<|im_end|>"
@@ -33,7 +33,7 @@ def test_assistant_turn_of_weight_0_is_no_target():
     assert (examples.encode(row, "chat", TOKENIZER).ids == plain.ids).all()
 
 
-def test_context_of_chat_equals_the_prompt_of_generation():
+def test_tokens_before_an_answer_equal_the_generation_prompt():
     """A newline of the chat template must not be merged with a newline of the answer."""
     example = examples.encode(chat("q", "\n\nlow"), "chat", TOKENIZER)
     prompt = TOKENIZER.chat_template.encode(ENCODING, chat("q")["messages"])
@@ -74,7 +74,7 @@ def test_empty_keys_and_float_weights_are_accepted():
     assert not examples.faults(row, "chat") and target_text(row, "chat") == "low<|im_end|>"
 
 
-def test_targets_of_completion_example_are_the_completion_with_its_end():
+def test_loss_targets_of_completion_example_are_completion_and_end_token():
     row = {"prompt": "low", "completion": "er"}
     assert target_text(row, "completion") == "er<|im_end|>"
     # Prompt and completion are tokenized separately: "lower" has other tokens.
@@ -84,17 +84,17 @@ def test_targets_of_completion_example_are_the_completion_with_its_end():
     assert examples.encode(row, "completion", with_bos).ids.tolist() == [0, *ids]
 
 
-def test_first_token_has_weight_0():
+def test_first_token_of_example_has_loss_weight_0():
     row = {"prompt": "", "completion": "aab"}
     example = examples.encode(row, "completion", TOKENIZER)
     assert example.weights.tolist() == [0] + [1] * (len(example) - 1)
 
 
-def test_targets_of_text_are_all_tokens():
+def test_loss_targets_of_text_example_are_all_tokens_but_the_first():
     assert target_text({"text": "1 low"}, "text") == " low<|im_end|>"
 
 
-def test_chat_without_a_template_raises():
+def test_chat_example_without_chat_template_raises():
     without = dataclasses.replace(TOKENIZER, chat_template=None)
     with pytest.raises(ValueError, match="chat template"):
         examples.encode(chat("q", "a"), "chat", without)
@@ -197,7 +197,7 @@ def test_lines_are_numbered_and_long_ones_truncated(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_lone_surrogate_is_encoded():
+def test_prompt_with_lone_surrogate_is_tokenized():
     row = json.loads('{"prompt": "\\ud83d", "completion": "a"}')
     assert not examples.faults(row, "completion")
     assert isinstance(examples.encode(row, "completion", TOKENIZER).ids, np.ndarray)

@@ -156,7 +156,7 @@ def test_run_stopped_by_a_signal_resumes_bit_identically(
     ]
 
 
-def test_exit_code_of_a_stopped_command_has_the_signal(monkeypatch, tmp_path, capsys):
+def test_exit_code_of_a_stopped_command_is_128_plus_the_signal(monkeypatch, tmp_path, capsys):
     stopped = finetune.Result("signal", {}, (), signal.SIGINT)
     monkeypatch.setattr(finetune, "run", lambda *_, **__: stopped)
     assert main(arguments(options("model", "data", tmp_path))) == 130
@@ -285,7 +285,7 @@ def test_transformers_loads_a_saved_model(model):
 # The command
 
 
-def test_invalid_data_exits_with_6_and_names_lines(model, data, tmp_path, capsys):
+def test_command_with_invalid_data_exits_with_6_and_names_lines(model, data, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(data.read_bytes().replace(b"assistant", b"assistent", 1) + b"{oops\n")
     command = arguments(options(model, bad, tmp_path / "out"))
@@ -320,7 +320,7 @@ def test_command_error_names_the_invalid_value(model, data, tmp_path, capsys):
     assert names(capsys.readouterr().err, "epochs", 0)
 
 
-def test_auto_epochs_and_batch_size_depend_on_the_examples():
+def test_auto_epochs_and_batch_size_depend_on_number_of_examples():
     assert finetune.auto_epochs(10) == 25 and finetune.auto_epochs(100) == 8
     assert finetune.auto_epochs(1000) == 3 and finetune.auto_epochs(10**5) == 1
     assert [finetune.auto_batch_size(n) for n in (10, 100, 10**6)] == [1, 4, 16]

@@ -63,7 +63,7 @@ class Block:
 
 @struct.dataclass
 class Params:
-    """The weights of the judge; the field names are the tensor names in checkpoints."""
+    """The weights of the CLIP judge; the field names are the tensor names in checkpoints."""
 
     first: Linear  # [C, 9 x 12]
     blocks: tuple[Block, ...]  # one per stage
@@ -153,7 +153,9 @@ class ContrastiveTask:
         return layers.init(key, abstract())
 
     def loss(self, weights: Params, frozen: CaptionEmbeddings, batch, key: jax.Array):
-        """Return the cross-entropy of the concept of each image, with a random caption per concept.
+        """Return the cross-entropy of each image's concept among all concepts.
+
+        A concept is represented by one of its captions, sampled anew at each step.
 
         `batch` has "x" float32 [B, IMAGE_SIZE, IMAGE_SIZE, 3] and "concept" int32 [B]; see
         `Task.loss`.
@@ -319,7 +321,7 @@ def _blur(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """The settings of a run of the judge.
+    """The settings of a training run of the CLIP judge.
 
     Attributes:
         packages: the folder for the packages of the vendors; missing ones are downloaded.
@@ -341,7 +343,7 @@ class JudgeConfig:
 
 
 def train(settings: JudgeConfig) -> loop.Outcome:
-    """Train the judge, or resume its training.
+    """Train the CLIP judge, or resume its training.
 
     Args:
         settings: the settings of the run.

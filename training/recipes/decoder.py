@@ -118,7 +118,7 @@ def next_token_loss(
     Args:
         params: the weights of the decoder.
         cfg: the configuration of the decoder.
-        batch: "ids", "segments" and "weights"; see the top of this file.
+        batch: "ids", "segments" and "weights"; see the docstring of this module.
         dtype: the dtype of the matrix products.
         remat: whether to rematerialize activations.
 

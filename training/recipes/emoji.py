@@ -68,7 +68,7 @@ class EmojiConfig:
         schedule: the learning rate schedule of the denoiser.
         style_shares: the sampling probability of each style.
         common_weight: the factor by which the sampling weight of concepts with a common name is
-            multiplied.
+            multiplied; see `sampling_shares`.
         prompt_dropout: the probability that a training image has no prompt, for classifier-free
             guidance.
         mirror: whether to mirror images with probability 1/2, except those of concepts that are
@@ -383,7 +383,7 @@ def train_upscaler(settings: EmojiConfig) -> loop.Outcome:
 
 
 def write_config(run: Path, values: dict[str, Any]) -> None:
-    """Write to the folder of a run which kind of network it trains, for `export`.
+    """Write the kind of network that a run trains to its folder, for `export`.
 
     Args:
         run: the folder of the run.

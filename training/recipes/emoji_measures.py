@@ -188,7 +188,9 @@ def image_features(judge: clip_judge.Params, images: np.ndarray) -> np.ndarray:
 def loss_by_time(
     pipeline: DiffusionPipeline, batches: list[dict[str, np.ndarray]]
 ) -> dict[str, float]:
-    """Return the mean flow loss by flow time, as a string; all models get the same noise.
+    """Return a dict from flow times, as strings, to the mean flow loss.
+
+    The noise is the same for every model, so the losses of different models can be compared.
 
     Args:
         pipeline: the model to evaluate.
@@ -212,7 +214,7 @@ def plot_losses(losses: dict[str, dict[str, float]], target: Path) -> None:
     """Plot the flow loss by flow time.
 
     Args:
-        losses: by label of a curve, its loss by time, from `loss_by_time`.
+        losses: a dict from the label of each curve to its losses, from `loss_by_time`.
         target: the PNG file to write.
     """
     from matplotlib.figure import Figure

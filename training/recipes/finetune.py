@@ -258,7 +258,7 @@ def lora_target_modules(cfg: Model) -> tuple[str, ...]:
     """Return the linear layers that get an adapter: all that PEFT's format can represent.
 
     Files of GPT-2, GPT-NeoX and Phi-3 store queries, keys and values as one matrix, whose adapter
-    would have one A. The experts of a mixture have no adapters.
+    would have one matrix A for all three. The experts of a mixture have no adapters.
     """
     shared = lora.shared_modules(cfg)
     return tuple(module for module in lora.adaptable_modules(cfg) if module not in shared)

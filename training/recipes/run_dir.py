@@ -94,7 +94,7 @@ def write_dir_atomic(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_dir_atomic(folder: Path) -> None:
-    """Rename a folder before its files are deleted, so that it never exists with part of them."""
+    """Remove a folder: rename it, then delete its files, so that it is never seen incomplete."""
     removed = folder.with_name(f".removed-{folder.name}")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)
