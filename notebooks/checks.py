@@ -67,7 +67,7 @@ def count_pairs(
 
 
 def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> None:
-    """Compare a solution that maps a pre-token and token ranks to tokens with `bpe.merge`."""
+    """Check a solution that maps a pre-token and token ranks to tokens against `bpe.merge`."""
     from bpe.merge import NO_MERGE, merge
 
     tokens = [bytes([byte]) for byte in range(256)]
@@ -181,7 +181,7 @@ def loss_mask(answer: Callable[[int, list[tuple[int, int]], list[int]], list[int
 
 
 def first_fit(answer: Callable[[list[int], int], list[list[int]]]) -> None:
-    """Compare a solution that packs example lengths into rows of a width with `first_fit`."""
+    """Check a solution that packs examples into rows against `training.packing.first_fit`."""
     from training.packing import first_fit as library_first_fit
 
     rng = random.Random(0)
@@ -193,7 +193,7 @@ def first_fit(answer: Callable[[list[int], int], list[list[int]]]) -> None:
 
 
 def adam(answer: Callable[[list[float], float, float, float], float]) -> None:
-    """Compare a solution that maps gradients to the weight after Adam's updates with optax."""
+    """Check a solution that maps gradients to the weight after Adam's updates against optax."""
     import jax.numpy as jnp
     import optax
 

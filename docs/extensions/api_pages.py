@@ -48,7 +48,7 @@ class Module:
         self.names |= self.imports
 
     def resolve_names(self, modules: dict[str, Module], documented: Collection[str]) -> None:
-        """Follow imports to the modules that define the names; forget names without a page.
+        """Replace imported names by those of the defining modules; remove names without a page.
 
         Sphinx links a short name to any object of that name, so a name that a documented object
         also has stays qualified.
