@@ -220,9 +220,10 @@ def _caf_end(data: bytes, start: int) -> int | None:
 
 
 def _ogg_end(data: bytes, start: int) -> int:
-    """Return the end of an Ogg file, which another Ogg file can follow (a chained Ogg).
+    """Return the offset where the Ogg file at `start` ends; in a chained Ogg, another one follows.
 
-    The first pages of multiplexed streams precede all other pages.
+    The first pages of all multiplexed streams come before any other page, so a later first page
+    begins the next file.
     """
     position, last, is_in_headers = start, len(data), True
     while position + 27 <= len(data):

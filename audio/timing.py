@@ -349,10 +349,10 @@ def _attach_punctuation(words: Sequence[Word]) -> list[Word]:
 
 
 def _shorten_after_pause(words: list[Word], typical: float, last_end: float) -> list[Word]:
-    """Return the words of a segment; after a pause, the first two are shortened.
+    """Return the words of a segment; after a pause, the first two are shortened if too long.
 
-    Each of the two then lasts at most twice `typical`, the typical duration of a word. `last_end`
-    is the end of the word before the segment.
+    Too long means that the first lasts more than twice `typical`, the typical duration of a word,
+    or both together more than four times. `last_end` is the end of the word before the segment.
     """
     longest, first = 2 * typical, words[0]
     if first.end - last_end <= 4 * typical:

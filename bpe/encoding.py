@@ -367,7 +367,7 @@ class Encoding(Vocab):
         return ids
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        """Encode a normalized text without added tokens."""
+        """Encode normalized text between added tokens; the text is not searched for them."""
         cache = self._cache
         ids: list[int] = []
         pieces = split(self._patterns, text)

@@ -492,7 +492,7 @@ def position_ids(segments: jax.Array) -> jax.Array:
     """Return the position of each token within its text.
 
     Args:
-        segments: Number of the text that each token belongs to, int32 [B, T], as in `forward`.
+        segments: Index of the text that each token belongs to, int32 [B, T], as in `forward`.
 
     Returns:
         Positions counted from 0 in each text, int32 [B, T].

@@ -60,9 +60,9 @@ def _referenced_file(request: Request, reference: ImageReference, path: str) -> 
     if not (head.startswith("data:") and head.endswith(";base64") and comma):
         raise _bad(
             f"{path}.image_url",
-            f"Invalid '{path}.image_url': expected data:image/png;base64,..., because this server "
-            "does not fetch URLs. Alternatively upload the image to /v1/files and send its "
-            "'file_id'.",
+            f"Invalid '{path}.image_url': expected a base64 data URL, such as "
+            "'data:image/png;base64,...'. This server does not fetch images from the web. "
+            "Alternatively, upload the image to /v1/files and send its 'file_id'.",
         )
     try:
         return from_base64(data)

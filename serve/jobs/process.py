@@ -137,7 +137,11 @@ def _program(module: Iterable[str], niceness: int) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of a job process: Pellucid on PYTHONPATH, and JAX's disk cache."""
+    """Return the environment variables of a job process.
+
+    They are those of this process, with Pellucid on PYTHONPATH and with JAX's persistent
+    compilation cache enabled.
+    """
     spec = find_spec("training")
     assert spec is not None and spec.origin is not None
     root = str(Path(spec.origin).parents[1])

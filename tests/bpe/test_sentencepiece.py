@@ -152,7 +152,7 @@ def test_special_tokens_are_text_unless_allowed(load_layout):
         encoding.encode("a</s>")
 
 
-def test_user_defined_text_is_one_token_and_markup_is_special(load_model):
+def test_html_tag_is_ordinary_token_and_turn_marker_is_special(load_model):
     encoding = load_model("gemma").encoding
     assert b"<h1>" in encoding.decode_tokens_bytes(encoding.encode_ordinary("x<h1>y"))
     assert "<start_of_turn>" in encoding.special_tokens

@@ -119,7 +119,7 @@ def test_events_match_schema(http, reply, path, body, include_usage):
         reply.model_validate_json(event.removeprefix("data: "), strict=True)
 
 
-def test_docs_page_loads_no_foreign_resources(http):
+def test_docs_page_loads_no_external_resources(http):
     page = http.get("/docs")
     assert page.headers["content-security-policy"].startswith("default-src 'none';")
     assert "//" not in page.text.replace("<!doctype html>", "")

@@ -60,20 +60,20 @@ def run(device, *sources):
     wait_until(lambda: not device._runnable)
 
 
-def test_sources_with_equal_work_items_alternate(device, clock):
+def test_work_sources_with_equal_items_alternate(device, clock):
     log = []
     run(device, *(FixedSource(name, 3, 1, clock, log) for name in "ab"))
     assert "".join(log) == "ababab"
 
 
-def test_sources_with_unequal_work_items_share_device_time(device, clock):
+def test_work_sources_with_unequal_items_share_device_time(device, clock):
     """A work item of three seconds counts as three items of one second."""
     log = []
     run(device, FixedSource("a", 2, 3, clock, log), FixedSource("b", 6, 1, clock, log))
     assert "".join(log) == "abbbabbb"
 
 
-def test_source_with_double_weight_gets_double_device_time(device, clock):
+def test_work_source_with_twice_the_scheduling_weight_gets_twice_the_device_time(device, clock):
     log = []
     run(device, FixedSource("a", 6, 1, clock, log, weight=2.0), FixedSource("b", 3, 1, clock, log))
     # Virtual time advances by 1/2 for a and by 1 for b; a goes first when they are equal.
@@ -90,7 +90,7 @@ def test_work_source_after_idling_gets_no_credit_for_unused_time(device, clock):
     assert "".join(log) == "aaaaa" + "abab" or "".join(log) == "aaaaa" + "baba"
 
 
-def test_work_item_error_fails_its_source_only(device, clock, caplog):
+def test_work_item_error_fails_its_work_source_only(device, clock, caplog):
     log = []
     good, bad = FixedSource("a", 3, 1, clock, log), FixedSource("b", 3, 1, clock, log)
     bad.item = lambda: 1 / 0
@@ -101,7 +101,7 @@ def test_work_item_error_fails_its_source_only(device, clock, caplog):
     assert record.exc_info and record.exc_info[0] is ZeroDivisionError
 
 
-def test_next_item_error_fails_source(device, clock):
+def test_next_item_error_fails_work_source(device, clock):
     source = FixedSource("a", 1, 1, clock, [])
     source.next_item = lambda: 1 / 0
     run(device, source)
