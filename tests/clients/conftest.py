@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients.decided import decided_models
 from tests.clients.recording import Exchange, recording
 from tests.serve.processes import serving
+from tests.serve.scripted import serve_models
 
-CODER = "qwen2.5-coder-0.5b-instruct"
+CODER, OTHER_MODEL = "qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"
+CHOICES = pytest.StashKey[Path]()
 
 
 @pytest.fixture(scope="session")
@@ -17,15 +20,17 @@ def exchanges() -> list[Exchange]:
     return []
 
 
-@pytest.fixture(scope="session")
-def coder_url(model_file, exchanges: list[Exchange]) -> Iterator[str]:
-    """Yield the URL of a recorded server of the coder model, as users start it."""
-    model_file(CODER)
-    with serving("--model", CODER) as server, recording(server.url, exchanges) as url:
-        yield url
-
-
-CHOICES = pytest.StashKey[Path]()
+@pytest.fixture(scope="session", params=["decided", "coder"])
+def server_url(request, model_file, exchanges: list[Exchange]) -> Iterator[str]:
+    """Yield the URL of a recorded server: of decided tokens, then of the coder model itself."""
+    if request.param == "decided":
+        models = decided_models(model_file(CODER), CODER, OTHER_MODEL)
+        with serve_models(*models) as address, recording(address, exchanges) as url:
+            yield url
+    else:
+        ids = [argument for id in (CODER, OTHER_MODEL) for argument in ("--model", id)]
+        with serving(*ids) as server, recording(server.url, exchanges) as url:
+            yield url
 
 
 @pytest.fixture(scope="session")
@@ -39,5 +44,5 @@ def choices(pytestconfig, tmp_path_factory) -> Path:
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
     if path := config.stash.get(CHOICES, None):
-        terminalreporter.section("what the model chose")
+        terminalreporter.section(f"how often {CODER} chose as expected")
         terminalreporter.write(path.read_text())

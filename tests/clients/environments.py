@@ -47,7 +47,6 @@ def run_program(program: Path, variables: Mapping[str, str]) -> subprocess.Compl
         "LANGSMITH_TRACING": "false",
         "OPENAI_AGENTS_DISABLE_TRACING": "1",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # do not download the prices
-        "PYTHONDONTWRITEBYTECODE": "1",
         **variables,
     }
     return subprocess.run(

@@ -29,7 +29,7 @@ const cities = ['Oslo', 'Paris', 'Lima', 'Rome', 'Cairo'];
 // What the model chooses is listed, because it is no property of the server.
 function judge(name, judgements) {
   const right = judgements.filter(Boolean).length;
-  const line = `ai_sdk: ${right} of ${judgements.length}  ${name}\n`;
+  const line = `${right} of ${judgements.length}  ai_sdk: ${name}\n`;
   appendFileSync(process.env.CLIENT_CHOICES, line);
 }
 

@@ -54,7 +54,8 @@ def test_text_and_stream(ask):
     response = ask("Say hello.")
     assert response.choices[0].message.content and response.usage.total_tokens > 0
     chunks = [*ask("Say hello.", stream=True, stream_options={"include_usage": True})]
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    text = "".join(delta.content or "" for delta in deltas)
     assert text == response.choices[0].message.content
     assert litellm.stream_chunk_builder(chunks).usage.total_tokens == response.usage.total_tokens
 

@@ -1,5 +1,7 @@
 """smolagents' ToolCallingAgent (https://huggingface.co/docs/smolagents)."""
 
+import json
+
 import pytest
 from smolagents import OpenAIModel, ToolCallingAgent, tool
 from smolagents.memory import ActionStep
@@ -37,14 +39,12 @@ def test_agent_calls_tools_in_every_step(chat, is_streamed, judge):
     assert steps and result.output is not None
     names = [call.name for step in steps for call in step.tool_calls or []]
     assert names and {*names} <= {"get_weather", "final_answer"}
-    # Every step has calls, because smolagents requires them.
-    assert all(step.tool_calls for step in steps)
-    judge([names == ["get_weather", "final_answer"]])
+    # smolagents requires a call in every step; a step without one has an AgentParsingError.
+    assert {type(step.error).__name__ for step in steps} <= {"NoneType", "AgentMaxStepsError"}
+    judge(lambda wanted: names == wanted, [["get_weather", "final_answer"]])
 
 
 def test_structured_generation_returns_json(chat):
-    import json
-
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},

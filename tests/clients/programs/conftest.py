@@ -43,9 +43,17 @@ def judge(request):
 
     def report(is_right: Callable[[Any], bool], cases: Sequence[Any]) -> None:
         with ThreadPoolExecutor(len(cases)) as pool:
-            right = sum(pool.map(is_right, cases))
-        name = request.path.stem.removeprefix("client_")
-        with Path(os.environ["CLIENT_CHOICES"]).open("a") as file:
-            file.write(f"{name}: {right} of {len(cases)}  {request.node.name}\n")
+            list_choices(request.node.nodeid, sum(pool.map(is_right, cases)), len(cases))
 
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """List a test of the client's authors that judges the model; it is marked xfail."""
+    if report.when == "call" and hasattr(report, "wasxfail"):
+        list_choices(report.nodeid, int(report.passed), 1)
+
+
+def list_choices(nodeid: str, num_right: int, num_cases: int) -> None:
+    with Path(os.environ["CLIENT_CHOICES"]).open("a") as file:
+        file.write(f"{num_right} of {num_cases}  {nodeid.removeprefix('client_')}\n")
