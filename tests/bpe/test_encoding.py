@@ -144,7 +144,7 @@ def test_inconsistent_vocabulary_is_rejected(changes, facts):
         tiny.encoding(**changes)
 
 
-def test_dropped_bytes_are_removed_before_merging():
+def test_bytes_missing_from_vocabulary_are_dropped_before_merging():
     r"""As in Hugging Face's tokenizer of SmolLM2, "l\x04ow" is encoded like "low"."""
     ids = {token: id for token, id in tiny.IDS.items() if token != b"\x04"}
     encoding = tiny.encoding(ranks=ids, dropped_bytes=b"\x04", pattern="(?s:.+)")

@@ -46,7 +46,7 @@ def test_smollm_pattern_equals_split_at_digits_then_gpt2(text):
     assert pieces(SMOLLM, text) == two_passes
 
 
-def test_unmatched_text_empty_matches_and_groups_lose_no_text():
+def test_no_text_is_lost_by_unmatched_text_or_empty_matches_or_groups():
     assert pieces("b", "abcb") == ["a", "b", "c", "b"]
     assert pieces("x*", "axxb") == ["a", "xx", "b"]
     assert pieces("(a)(b)?", "abac") == ["ab", "a", "c"]

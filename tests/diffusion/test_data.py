@@ -62,7 +62,7 @@ def test_emoji_variants_flags_and_clocks_are_excluded(packages):
     assert names == ["red apple", "green apple", "cat", "red heart", "right arrow"]
 
 
-def test_captions_are_names_shortcodes_and_distinctive_words(packages):
+def test_emoji_captions_are_names_shortcodes_and_distinctive_keywords(packages):
     apple, _, cat, heart, arrow = data.load_concepts(packages)
     assert list(apple.captions)[:3] == ["red apple", "a red apple", "apple"]
     assert sum(apple.captions.values()) == pytest.approx(1)

@@ -158,7 +158,10 @@ def _check_floats(tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def _read_tensors(path: Path, ignore: Collection[str]) -> dict[str, LazyTensor]:
-    """Open the tensors of one file; `read` of an integer tensor returns its integers."""
+    """Return the tensors of one file.
+
+    `LazyTensor.read` converts floats to float32, and leaves integers unconverted.
+    """
     from safetensors import safe_open
 
     try:

@@ -372,9 +372,11 @@ class Engine(WorkSource):
             self._on_speed(*speed)
 
     def _update_bitmask(self, sequence: Sequence) -> bool:
-        """Compute which tokens the grammar allows next; return false if the sequence ended.
+        """Compute which tokens the grammar allows next.
 
-        Each sequence has its own state, so one that fails does not affect the rest of the batch.
+        Returns:
+            Whether the sequence goes on. If its grammar fails, the sequence ends with `Failed`; the
+            other sequences of the batch have their own matchers and go on.
         """
         if sequence.request.grammar is None:
             return True

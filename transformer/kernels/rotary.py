@@ -10,7 +10,7 @@ from transformer.kernels.registry import register
 
 @register("rotate")
 def reference(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate channel pairs as complex numbers, by a product with unit numbers."""
+    """Multiply channel pairs, as complex numbers, with complex numbers of modulus 1."""
     pairs = jax.lax.complex(*jnp.split(x, 2, axis=-1))  # [B, T, N, H/2]
     rotated = pairs * jax.lax.complex(cos, sin)
     return jnp.concatenate([rotated.real, rotated.imag], axis=-1)  # [B, T, N, H]

@@ -16,7 +16,7 @@ from transformer.kernels.registry import register
 
 @register("truncate")
 def reference(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """Truncate by the definition, with two sorts and a cumulative sum."""
+    """Apply top-k, top-p and min-p by their definitions, with two sorts and a cumulative sum."""
     descending = jnp.sort(logits)[::-1]
     last = jnp.where(top_k > 0, jnp.minimum(top_k, logits.size), logits.size) - 1
     logits = jnp.where(logits >= descending[last], logits, -jnp.inf)
