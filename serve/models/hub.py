@@ -17,12 +17,12 @@ import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -35,6 +35,7 @@ from serve.exceptions import (
     NotFound,
     RateLimited,
     Unreachable,
+    Unusable,
     WrongUsage,
 )
 from serve.models import disk, hashes, json_cache
@@ -49,17 +50,18 @@ if TYPE_CHECKING:
 
 PREFIX = "hf:"
 FORM = "hf:OWNER/REPO[@REVISION][:FILE]"
-DISK_MARGIN = 16 * 2**20  # bytes of disk to leave free
 MAX_WAIT = 60  # seconds; a longer Retry-After of the hub ends the pull
 MAX_ATTEMPTS = 5
-FETCHED_FILE = "fetched.json"  # the files in the cache that Pellucid put there
+# The files that Pellucid put into the cache, and when they were written: another program may have
+# deleted one and fetched it again.
+FETCHED_FILE = "fetched.json"
 RESUMABLE_BYTES = 2**20  # smaller files are fetched again from the start
 
 _NAME = re.compile(
     r"hf:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^:@]+))?(:(?P<file>.+))?",
     re.ASCII,
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1 or SHA-256
 
 T = TypeVar("T")
 Notify = Callable[[str], None]
@@ -159,7 +161,7 @@ def remove(record: Record, home: Path) -> int:
     """Delete a record, and the files that Pellucid fetched for it.
 
     Files that another record needs are kept, and so are files that other programs put into the
-    cache.
+    cache or link to from another snapshot.
 
     Returns:
         The number of bytes that were freed.
@@ -176,15 +178,32 @@ def _delete_files(record: Record, home: Path) -> int:
         The number of bytes that were freed.
     """
     needed = {path for other in records(home) for path in other.paths}
-    needed_blobs = {path.resolve() for path in needed}
     fetched = json_cache.read(home / "hub" / FETCHED_FILE)
-    pointers = {p: p.resolve() for p in record.paths if p.exists() and str(p.resolve()) in fetched}
-    freed = sum(b.stat().st_size for b in set(pointers.values()) - needed_blobs)
-    for pointer in pointers.keys() - needed:
-        pointer.unlink()
-    for blob in set(pointers.values()) - needed_blobs:
+    blobs = {path: _blob_of(path) for path in record.paths if path.exists()}
+    ours = {path: blob for path, blob in blobs.items() if fetched.get(str(blob)) == _written(blob)}
+    sizes = {blob: blob.lstat().st_size for blob in ours.values()}
+    for path in ours.keys() - needed:
+        path.unlink()
+    snapshots = Path(record.folder).parent
+    linked = {_blob_of(path) for path in snapshots.rglob("*") if path.is_file()}
+    unused = sizes.keys() - linked
+    for blob in unused:
         blob.unlink(missing_ok=True)
-    return freed
+    return sum(sizes[blob] for blob in unused)
+
+
+def _blob_of(path: Path) -> Path:
+    """Return the file in `blobs` that a file of a snapshot links to.
+
+    A link from there to another folder is not followed: huggingface_hub may share that file.
+    """
+    link = path.readlink() if path.is_symlink() else path.name
+    return Path(os.path.normpath(path.parent.resolve() / link))
+
+
+def _written(blob: Path) -> int:
+    """Return when a file was written, in nanoseconds since 1970, as in `FETCHED_FILE`."""
+    return blob.lstat().st_mtime_ns
 
 
 def _record_path(name: str, home: Path) -> Path:
@@ -235,7 +254,8 @@ def pull(
         free_memory: bytes of available memory; None to ask the system.
 
     Raises:
-        WrongUsage: the name does not have this form, or the repository has only pickles.
+        WrongUsage: the name does not have this form.
+        Unusable: the repository has only pickles, or no weights.
         NotFound: huggingface_hub is not installed, or the hub has no such repository, revision or
             file.
         Forbidden: the repository is gated, or the token is invalid.
@@ -244,6 +264,7 @@ def pull(
         Unreachable: the hub cannot be reached, and the cache does not have the model.
         Corrupt: a file differs from the hash that the hub lists.
         DoesNotFit: the model does not fit into memory, or its files do not fit onto the disk.
+        Failure: the cache cannot be written, or a file is too large to be fetched over HTTP.
     """
     hub_name = parse(name)
     try:
@@ -268,7 +289,7 @@ def pull(
             notify(f"{error}; keeping commit {record.commit[:8]}")
             return record
         listing = _list_cached(hub_name)
-        if listing is None:
+        if listing is None or not candidates(listing.files):
             raise
         notify(f"{error}; using commit {listing.commit[:8]} from {cache_folder()}")
     options = candidates(listing.files, listing.bits)
@@ -295,8 +316,11 @@ def pull(
         size=sum(file.size for file in files),
         pulled_at=time.time(),
     )
+    previous = find(listing.repo, home)
     disk.replace_text(_record_path(name, home), json.dumps(dataclasses.asdict(record), indent=1))
     disk.mark_changed(home)
+    if previous is not None and previous.name != name and previous.path != record.path:
+        notify(f"{record.id} now means {record.path}; before, it meant {previous.path}")
     if old is not None and old.paths != record.paths:
         if old.commit != record.commit:
             notify(f"{name} is now commit {record.commit[:8]}; it was {old.commit[:8]}")
@@ -404,13 +428,13 @@ def _explain(
     )
 
 
-def _no_weights(repo: str, names: Sequence[str]) -> WrongUsage:
-    pickles = [name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLES)]
-    if not pickles:
-        return WrongUsage(f"{repo} has no weights: expected model.safetensors or GGUF files")
-    from transformer.checkpoint.safetensors import conversion_command
+def _no_weights(repo: str, names: Sequence[str]) -> Unusable:
+    from transformer.checkpoint.safetensors import PICKLE_SUFFIXES, conversion_command
 
-    return WrongUsage(
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if not pickles:
+        return Unusable(f"{repo} has no complete weights: expected model.safetensors or GGUF files")
+    return Unusable(
         f"{repo} has only pickles ({pickles[0]}), which can run any code when they are loaded. "
         f"Download it with `hf download {repo} --local-dir FOLDER`, and convert it in an isolated "
         f"environment: {conversion_command(Path('FOLDER'))}"
@@ -429,7 +453,7 @@ def _fetch_all(
     if len(missing) < len(files):
         notify(f"{len(files) - len(missing)} of {len(files)} files are in {cache_folder()} already")
     cache_folder().mkdir(parents=True, exist_ok=True)
-    needed = sum(file.size for file in missing) + DISK_MARGIN
+    needed = sum(file.size for file in missing) + disk.MARGIN
     if (free := shutil.disk_usage(cache_folder()).free) < needed:
         raise DoesNotFit(
             f"{cache_folder()} has {human_size(free)} of free disk space, and {listing.repo} needs "
@@ -437,27 +461,39 @@ def _fetch_all(
         )
     total, done = sum(file.size for file in missing), 0
     for file in missing:
-        path = _fetch(listing, file, notify, lambda n, start=done: progress(start + n, total))
+        path, is_new = _fetch(
+            listing, file, notify, lambda n, start=done: progress(start + n, total)
+        )
         done += file.size
         progress(done, total)
-        json_cache.add(home / "hub" / FETCHED_FILE, str(path.resolve()), file.size)
+        if is_new:
+            blob = _blob_of(path)
+            json_cache.add(home / "hub" / FETCHED_FILE, str(blob), _written(blob))
         if file.hash.startswith("sha256:"):
             hashes.record(path, home, file.hash.removeprefix("sha256:"))
 
 
 def _fetch(
     listing: _Listing, file: RemoteFile, notify: Notify, progress: Callable[[int], None]
-) -> Path:
-    """Fetch a file into the cache and return its path.
+) -> tuple[Path, bool]:
+    """Fetch a file into the cache.
+
+    Returns:
+        The path of the file, and whether its content was not in the cache before.
 
     Raises:
         Corrupt: the hash of the file differs from the hash that the hub lists.
     """
     from huggingface_hub import hf_hub_download
 
+    digest = file.hash.partition(":")[2]  # also the name of the file in `blobs`
+    if not _DIGEST.fullmatch(digest):
+        raise Corrupt(f"{file.name} of {listing.repo} has no valid hash: the hub lists {file.hash}")
     is_large = file.size >= RESUMABLE_BYTES
     if is_large:
-        _fetch_blob(listing, file, notify, progress)
+        is_new = _fetch_blob(listing, file, digest, notify, progress)
+    else:
+        is_new = not (_repo_cache(listing.repo) / "blobs" / digest).is_file()
     path = Path(
         _patiently(
             lambda: hf_hub_download(listing.repo, file.name, revision=listing.commit), notify
@@ -467,34 +503,78 @@ def _fetch(
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise _wrong_hash(listing, file)
-    return path
+    return path, is_new
 
 
 def _fetch_blob(
-    listing: _Listing, file: RemoteFile, notify: Notify, progress: Callable[[int], None]
-) -> None:
+    listing: _Listing,
+    file: RemoteFile,
+    digest: str,
+    notify: Notify,
+    progress: Callable[[int], None],
+) -> bool:
     """Fetch a large file into the cache, resuming from a partial file if there is one.
+
+    Returns:
+        Whether the file was fetched; False if it was in the cache.
+
+    Raises:
+        Corrupt: the hash of the file differs from the hash that the hub lists.
+    """
+    from huggingface_hub.utils import WeakFileLock
+
+    folder = _repo_cache(listing.repo)
+    locks = cache_folder() / ".locks" / folder.name
+    for parent in (folder / "blobs", locks):
+        parent.mkdir(parents=True, exist_ok=True)
+    blob, partial = folder / "blobs" / digest, folder / "blobs" / f"{digest}.pellucid"
+    with WeakFileLock(locks / f"{digest}.lock"):  # `hf_hub_download` takes the same lock
+        if blob.is_file() and blob.stat().st_size == file.size:
+            return False
+        blob.unlink(missing_ok=True)  # its size is wrong
+        if partial.is_file() and partial.stat().st_size > file.size:
+            partial.unlink()
+        _transfer(listing, file, digest, partial, notify, progress)
+        if hash_like(file.hash, partial) != file.hash:
+            partial.unlink()
+            raise _wrong_hash(listing, file)
+        disk.flush(partial)
+        partial.rename(blob)
+        return True
+
+
+def _transfer(
+    listing: _Listing,
+    file: RemoteFile,
+    digest: str,
+    partial: Path,
+    notify: Notify,
+    progress: Callable[[int], None],
+) -> None:
+    """Append the rest of a file to its partial file.
 
     `hf_hub_download` deletes a partial file when a download ends early, so this function calls
     huggingface_hub's `http_get`, which can resume.
+
+    Raises:
+        Corrupt: the hub sends another hash than it lists.
+        Failure: `http_get` refuses to fetch a file of this size.
     """
     from huggingface_hub import errors
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    url, metadata = _file_metadata(listing.repo, listing.commit, file.name, notify)
-    blobs = _repo_cache(listing.repo) / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
-    blob, partial = blobs / str(metadata.etag), blobs / f"{metadata.etag}.pellucid"
-    if blob.is_file() and blob.stat().st_size == file.size:
-        return
-    blob.unlink(missing_ok=True)  # its size is wrong
-    if partial.is_file() and partial.stat().st_size > file.size:
-        partial.unlink()
-    headers = build_hf_headers()
-    if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # the storage behind the hub must not see the token
     while True:
+        # The location is signed and expires, so each attempt asks for a new one.
+        url, metadata = _file_metadata(listing.repo, listing.commit, file.name, notify)
+        if metadata.etag != digest:
+            raise Corrupt(
+                f"{file.name} of {listing.repo} has two hashes: the hub lists {file.hash}, and "
+                f"sends {metadata.etag}"
+            )
+        headers = build_hf_headers()
+        if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
+            headers.pop("authorization", None)  # the storage behind the hub must not see the token
         with _CountingFile(partial, progress) as out:
             if start := out.tell():
                 notify(f"resuming {file.name} after {human_size(start)}")
@@ -506,16 +586,17 @@ def _fetch_blob(
                     headers=headers,
                     expected_size=file.size,
                 )
-                break
+                return
             except (OSError, errors.HTTPError):  # pyright: ignore[reportPrivateImportUsage]
                 # Versions before 2 do not go on after a broken transfer.
                 if out.tell() == start:
                     raise
-    if hash_like(file.hash, partial) != file.hash:
-        partial.unlink()
-        raise _wrong_hash(listing, file)
-    disk.flush(partial)
-    partial.rename(blob)
+            except ValueError as error:  # above 50 GB
+                raise Failure(
+                    f"{file.name} of {listing.repo} ({human_size(file.size)}) cannot be fetched: "
+                    f"{_first_line(error)} `hf download {listing.repo} {file.name}` fetches it "
+                    "into the same cache; then pull again"
+                ) from None
 
 
 def _file_metadata(
@@ -624,6 +705,11 @@ def _failure(name: str, error: BaseException) -> Failure | None:
             return RateLimited(f"{end} limits the rate of requests for {repo}: try again later")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return DoesNotFit(f"the disk of {cache_folder()} is full: free some space")
+        case OSError(filename=str() | Path() as path):  # of this machine, not of the network
+            return Failure(
+                f"{path} cannot be used ({error.strerror}): correct this, or set HF_HOME to "
+                "another folder"
+            )
         case OSError() | ValueError() | errors.HTTPError():  # pyright: ignore[reportPrivateImportUsage]
             return Unreachable(f"{name} could not be pulled from {end}: {_first_line(error)}")
     return None

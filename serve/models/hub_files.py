@@ -25,7 +25,7 @@ _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templat
 # The modules of sentence-transformers, such as 1_Pooling/config.json.
 _MODULE_FILES = ("[0-9]_*/*.json", "[0-9]_*/*.safetensors")
 _WEIGHT_INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
-_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.(gguf|safetensors)")
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(gguf|safetensors)")
 _QUANTIZATION = re.compile(
     r"(?<![A-Z0-9])(I?Q\d(_[A-Z0-9]+)*|TQ\d_\d|MXFP4(_MOE)?|NVFP4|BF16|F16|FP16|F32|FP32)(?![A-Z0-9])"
 )
@@ -71,6 +71,8 @@ class Candidate:
 def candidates(files: Iterable[RemoteFile], bits: float = 16) -> list[Candidate]:
     """Return all weights in a repository: its safetensors, and each quantization as GGUF.
 
+    A split model that lacks a part is left out; the cache may have only some of its parts.
+
     Args:
         files: all files of the repository.
         bits: bits per weight of the safetensors.
@@ -79,21 +81,35 @@ def candidates(files: Iterable[RemoteFile], bits: float = 16) -> list[Candidate]
     options = []
     top = [name for name in sizes if "/" not in name]
     single = [name for name in top if name == "model.safetensors"]
-    shards = sorted(name for name in top if fnmatch(name, "model-*-of-*.safetensors"))
-    if weights := single or shards:
+    shards = [name for name in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
+    for weights in [single] if single else _groups(shards).values():
         size = sum(sizes[name] for name in weights)
         options.append(Candidate("safetensors", tuple(weights), size, bits))
-    groups: dict[str, list[str]] = {}
-    for name in sorted(sizes):
-        if name.endswith(".gguf") and not re.search("mmproj|imatrix", name, re.IGNORECASE):
-            split = _SPLIT.fullmatch(name)
-            groups.setdefault(split["stem"] if split else name, []).append(name)
-    for stem, weights in groups.items():
+    ggufs = [
+        name
+        for name in sizes
+        if name.endswith(".gguf") and not re.search("mmproj|imatrix", name, re.IGNORECASE)
+    ]
+    for (stem, _), weights in _groups(ggufs).items():
         labels = _QUANTIZATION.findall(stem.upper())
         label = labels[-1][0] if labels else "gguf"
         size = sum(sizes[name] for name in weights)
         options.append(Candidate(label, tuple(weights), size, _bits(label)))
     return options
+
+
+def _groups(names: Iterable[str]) -> dict[tuple[str, int], list[str]]:
+    """Return the files of each complete model, in order, by its stem and its number of files."""
+    groups: dict[tuple[str, int], dict[int, str]] = {}
+    for name in sorted(names):
+        split = _SPLIT.fullmatch(name)
+        key = (split["stem"], int(split["count"])) if split else (name, 1)
+        groups.setdefault(key, {})[int(split["number"]) if split else 1] = name
+    return {
+        key: [parts[number] for number in sorted(parts)]
+        for key, parts in groups.items()
+        if sorted(parts) == list(range(1, key[1] + 1))
+    }
 
 
 def _bits(label: str) -> float:

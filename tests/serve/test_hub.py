@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,18 +12,21 @@ import pytest
 from serve.exceptions import (
     Corrupt,
     DoesNotFit,
+    Failure,
     Forbidden,
     NotFound,
     RateLimited,
     Unreachable,
+    Unusable,
     WrongUsage,
 )
-from serve.models import catalogue, download, hub, hub_files, resolve
+from serve.models import catalogue, disk, download, hub, hub_files, resolve
 from serve.models.hub import HubName
 from serve.models.hub_files import Candidate, RemoteFile
 from serve.models.spec import LoadOptions
 from tests import hub_server
 from tests.hub_server import Hub
+from tests.naming import naming
 from tests.serve import processes, tiny_gguf
 
 pytestmark = pytest.mark.heavy
@@ -179,6 +183,15 @@ def test_candidates_groups_shards_and_skips_other_files() -> None:
     assert set(selected) == set(files[:3])
 
 
+@pytest.mark.parametrize("stem", ["model", "Q8_0/tiny-Q8_0"])
+@pytest.mark.parametrize("numbers", [(1,), (2,), (1, 3), (2, 3), (1, 2, 3, 4)])
+def test_candidates_leaves_out_split_models_that_lack_a_part(stem, numbers) -> None:
+    """Regression: offline, a model was pulled of which the cache had only some parts."""
+    suffix = "gguf" if "Q8_0" in stem else "safetensors"
+    names = [f"{stem}-{n:05}-of-00003.{suffix}" for n in numbers]
+    assert hub_files.candidates(RemoteFile(name, 1, "") for name in names) == []
+
+
 # --- pulling ----------------------------------------------------------------------------------
 
 
@@ -208,7 +221,12 @@ def test_pull_gguf_fetches_one_quantization(server, home) -> None:
     assert all(
         word in lines[0] for word in ("F16", "bfloat16", "Q8_0", "Q4_K_M", record.commit[:8])
     )
-    assert pull(f"hf:{REPO}:q4_k_m", home).path.name == "tiny-Q4_K_M.gguf"
+    lines.clear()
+    other = pull(f"hf:{REPO}:q4_k_m", home, lines=lines)
+    assert other.path.name == "tiny-Q4_K_M.gguf"
+    assert any(str(other.path) in line and str(record.path) in line for line in lines), (
+        "the id now means another file"
+    )
     assert hub.find(f"hf:{REPO}", home) == record
     assert hub.find(REPO, home).path.name == "tiny-Q4_K_M.gguf", "an id finds the newest record"
 
@@ -282,6 +300,67 @@ def test_pull_damaged_file_raises_corrupt_and_leaves_nothing(server, home) -> No
     assert (pull(f"hf:{REPO}", home).path / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_pull_asks_for_a_new_location_when_the_old_one_expires(server, home) -> None:
+    """Regression: after the expiry of its signed location, a broken transfer ended with 403."""
+    server.commit(REPO, FILES)
+    server.expires, server.cuts, server.cut_after = True, 1, 100_000
+    record = pull(f"hf:{REPO}", home)
+    assert (record.path / "model.safetensors").read_bytes() == WEIGHTS
+    assert "GET /storage/bytes=100000-" in server.requests
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_pull_invalid_hash_raises_corrupt(server, home, tmp_path, is_listed) -> None:
+    """Regression: the hash that the hub sends was used as a file name, unchecked."""
+    server.commit(REPO, FILES)
+    server.etag = "../../escaped"
+    server.listed_hash = server.etag if is_listed else ""
+    with pytest.raises(Corrupt):
+        pull(f"hf:{REPO}", home)
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+def test_pull_from_two_data_folders_fetches_once(server, home, tmp_path) -> None:
+    """Regression: the lock was in the data folder, so that two pulls wrote to one partial file."""
+    server.commit(REPO, FILES)
+    other: list[hub.Record] = []
+    thread = threading.Thread(target=lambda: other.append(pull(f"hf:{REPO}", tmp_path / "other")))
+
+    def start_other(done: int, total: int) -> None:
+        if done > 200_000 and thread.ident is None:
+            thread.start()
+            thread.join(0.5)
+
+    record = pull(f"hf:{REPO}", home, progress=start_other)
+    thread.join()
+    assert (record.path / "model.safetensors").read_bytes() == WEIGHTS
+    assert [r.path for r in other] == [record.path]
+    assert server.sent.count("model.safetensors") == 1
+
+
+def test_pull_into_unusable_cache_raises_failure(server, home, tmp_path, monkeypatch) -> None:
+    """Regression: a cache that cannot be written was reported as a hub that cannot be reached."""
+    from huggingface_hub import constants
+
+    server.commit(REPO, FILES)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(Failure, match=naming(str(tmp_path / "file"))) as raised:
+        pull(f"hf:{REPO}", home)
+    assert not isinstance(raised.value, Unreachable)
+
+
+def test_pull_file_too_large_for_http_raises_failure(server, home, monkeypatch) -> None:
+    """Regression: a file above 50 GB was reported as a hub that cannot be reached."""
+    from huggingface_hub import constants
+
+    server.commit(REPO, FILES)
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 10_000)
+    with pytest.raises(Failure, match=naming("model.safetensors")) as raised:
+        pull(f"hf:{REPO}", home)
+    assert not isinstance(raised.value, Unreachable)
+
+
 def test_pull_uses_cached_file_and_remove_keeps_it(server, home) -> None:
     from huggingface_hub import hf_hub_download
 
@@ -302,6 +381,45 @@ def test_remove_deletes_fetched_files_that_no_other_name_needs(server, home) -> 
     assert hub.remove(other, home) >= len(WEIGHTS)
     assert hub.records(home) == []
     assert names_in(hub.cache_folder() / "models--someone--tiny" / "blobs") == set()
+
+
+def other_program_fetches(names: list[str], revision: str) -> list[Path]:
+    from huggingface_hub import hf_hub_download
+
+    return [Path(hf_hub_download(REPO, name, revision=revision)) for name in names]
+
+
+@pytest.mark.parametrize("is_pulled_again", [False, True])
+def test_remove_keeps_content_of_another_snapshot(server, home, is_pulled_again) -> None:
+    """Regression: content that another program had put into the cache was deleted."""
+    first = server.commit(REPO, FILES)
+    paths = other_program_fetches(["model.safetensors", "config.json"], first)
+    server.commit(REPO, {**FILES, "README.md": b"new"})
+    record = pull(f"hf:{REPO}", home)
+    if is_pulled_again:
+        server.commit(REPO, {**FILES, "model.safetensors": b"2" * 2000, "config.json": b"{ }"})
+        record = pull(f"hf:{REPO}", home)
+    assert hub.remove(record, home) < len(WEIGHTS)
+    assert all(path.is_file() for path in paths)
+
+
+def test_remove_keeps_fetched_content_that_another_program_uses(server, home) -> None:
+    """Regression: the snapshot of another program kept links to deleted files."""
+    server.commit(REPO, FILES)
+    record = pull(f"hf:{REPO}", home)
+    other = server.commit(REPO, {**FILES, "README.md": b"new"})
+    paths = other_program_fetches(["model.safetensors", "config.json"], other)
+    assert hub.remove(record, home) < len(WEIGHTS) and not record.is_complete
+    assert all(path.is_file() for path in paths)
+
+
+def test_remove_keeps_content_that_another_program_fetched_again(server, home) -> None:
+    """Regression: content that Pellucid had fetched and deleted counted as fetched ever after."""
+    commit = server.commit(REPO, FILES)
+    assert hub.remove(pull(f"hf:{REPO}", home), home) >= len(WEIGHTS)
+    paths = other_program_fetches(["model.safetensors", "config.json"], commit)
+    hub.remove(pull(f"hf:{REPO}", home), home)
+    assert all(path.is_file() for path in paths)
 
 
 def test_verify_changed_file_raises_corrupt(server, home) -> None:
@@ -366,13 +484,15 @@ def test_pull_missing_repository_revision_or_file_raises_not_found(
         pull(name, home)
 
 
-def test_pull_repository_without_safe_weights_raises_wrong_usage(server, home) -> None:
-    server.commit(REPO, {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04"})
-    with pytest.raises(WrongUsage, match="save_file"):
+@pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.pickle"])
+def test_pull_repository_without_safe_weights_raises_unusable(server, home, pickle) -> None:
+    """Regression: pickles were wrong usage in a repository only, and .pickle was unknown there."""
+    server.commit(REPO, {"config.json": b"{}", pickle: b"\x80\x04"})
+    with pytest.raises(Unusable, match=naming(pickle)):
         pull(f"hf:{REPO}", home)
     assert server.sent == []
     server.commit(REPO, {"README.md": b""})
-    with pytest.raises(WrongUsage):
+    with pytest.raises(Unusable):
         pull(f"hf:{REPO}", home)
 
 
@@ -382,7 +502,7 @@ def test_pull_model_too_large_raises_does_not_fit_before_fetching(
     server.commit(REPO, FILES)
     with pytest.raises(DoesNotFit):
         pull(f"hf:{REPO}", home, free_memory=1000)
-    monkeypatch.setattr(hub, "DISK_MARGIN", 10**18)
+    monkeypatch.setattr(disk, "MARGIN", 10**18)
     with pytest.raises(DoesNotFit):
         pull(f"hf:{REPO}", home)
     assert server.sent == []
@@ -417,6 +537,22 @@ def test_pull_offline_uses_cache_or_raises_unreachable(server, home, monkeypatch
     with pytest.raises(Unreachable):
         pull("hf:someone/else", home)
     assert len(server.requests) == count
+
+
+def test_pull_offline_of_a_partly_cached_model_raises_unreachable(
+    server, home, monkeypatch
+) -> None:
+    from huggingface_hub import constants
+
+    shards = {f"model-0000{n}-of-00002.safetensors": b"x" * 2000 for n in (1, 2)}
+    index = "model.safetensors.index.json"
+    commit = server.commit(REPO, {"config.json": b"{}", index: b"{}", **shards})
+    other_program_fetches(["config.json", index, min(shards)], "main")
+    assert hub._list_cached(HubName(REPO)).commit == commit
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(Unreachable):
+        pull(f"hf:{REPO}", home)
+    assert hub.records(home) == []
 
 
 def test_pull_unreachable_hub_uses_cache_or_raises_unreachable(
