@@ -302,13 +302,20 @@ class Registry:
             except MemoryError as error:
                 raise CannotLoad(id, str(error), is_busy=bool(self._loaded)) from error
             except (OSError, ValueError, Failure) as error:
+                if self._models.get(id) is not spec:  # a pull deleted the files that it replaced
+                    return self.load(id)
                 if not isinstance(error, OSError):  # an OSError may be temporary
                     self._damaged[id] = stamp, str(error)
                 raise CannotLoad(id, str(error), is_busy=False) from error
-            if id not in self._models:  # removed while it loaded
-                raise UnknownModel(id)
+            # Stored before the check: `_refresh`, on another thread, changes `_models` and then
+            # `_loaded`, so that either it or this function drops an old model.
             self._loaded[id] = model
+            if self._models.get(id) is not spec:  # removed or pulled again while it loaded
+                self._loaded.pop(id, None)
+                del model
+                return self.load(id)
             self._loaded_at[id] = time.time()
+            self._last_used[id] = next(self._use_counter)  # not the first one to unload
             return model
 
     async def unload_soon(self, name: str) -> bool:

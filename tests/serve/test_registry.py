@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -351,6 +352,52 @@ def test_remove_during_load_drops_model() -> None:
             await loading
         assert (await registry.get("two")).id == "two"
         assert [model.id for model in registry.loaded()] == ["two"]
+
+    asyncio.run(main())
+
+
+class FakePulledSpecs:
+    """A source of pulled models that tests change."""
+
+    is_current = True
+
+    def __init__(self, *specs: ModelSpec):
+        self.specs = {spec.id: spec for spec in specs}
+
+    def __call__(self) -> dict[str, ModelSpec]:
+        return self.specs
+
+
+@pytest.mark.parametrize("has_old_files", [True, False])
+def test_get_model_pulled_again_during_load_loads_new_commit(has_old_files: bool) -> None:
+    """Regression: a load during a pull kept the old commit, or failed without its files."""
+    old, new = FakeSpecs(**{"one" if has_old_files else "broken": 1}), FakeSpecs(one=1)
+    old.gate.clear()
+    source = FakePulledSpecs(replace(old.specs[0], id="one"))
+    registry = Registry([loaded_model("zero")], {}, pulled_specs=source)
+
+    async def main() -> None:
+        loading = asyncio.create_task(registry.get("one"))
+        await asyncio.sleep(0.05)
+        source.specs = {"one": replace(new.specs[0], created=2)}
+        registry.list_models()
+        old.gate.set()
+        assert (await loading) is registry.resolve("one")
+
+    asyncio.run(main())
+    assert len(old.loads) == 1 and new.loads == ["one"]
+
+
+def test_load_soon_marks_model_as_used() -> None:
+    """Regression: a model that was loaded on request was the first to be unloaded."""
+    specs = FakeSpecs(a=4, b=4, c=4)
+    registry = Registry(specs.specs, {}, memory_limit=10 * 2**20)
+
+    async def main() -> None:
+        await registry.get("a")
+        await registry.load_soon("b")
+        await registry.get("c")
+        assert [model.id for model in registry.loaded()] == ["b", "c"]
 
     asyncio.run(main())
 
