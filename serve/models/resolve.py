@@ -31,6 +31,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind, or the options do not suit the model.
+        Failure: the files or the options do not suit the model.
     """
     return kinds.kind_of(files).describe(files, options)
 
@@ -126,13 +127,16 @@ class PulledSpecs:
         specs: dict[str, tuple[ModelFiles, ModelSpec]] = {}
         for files in self._find():
             if files.id in self._served_anyway or files.id in specs:
+                used = specs[files.id][0].path if files.id in specs else self._paths[files.id]
+                if files.path != used:
+                    log.warning("%s is skipped: the id %s means %s", files.path, files.id, used)
                 continue
             if (old := self._specs.get(files.id)) is not None and old[0] == files:
                 specs[files.id] = old
                 continue
             try:
                 specs[files.id] = files, describe(files, self._options)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, Failure) as error:
                 log.warning("the pulled model %s is skipped: %s", files.id, error)
         self._specs = specs
         self._paths |= {id: files.path for id, (files, _) in specs.items()}

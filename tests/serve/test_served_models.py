@@ -2,6 +2,11 @@
 
 import asyncio
 import contextlib
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -13,7 +18,7 @@ from serve.cli import serve
 from serve.models import catalogue, decoder, disk, resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
-from tests.serve import scripted, tiny, tiny_gguf
+from tests.serve import scripted, tiny, tiny_encoders, tiny_gguf
 from transformer.engine import Done, SequenceRequest, Token
 from transformer.sampling import SamplingParams
 
@@ -65,6 +70,49 @@ def test_pulled_model_is_described_off_the_event_loop(tmp_path, monkeypatch):
         disk.mark_changed(tmp_path)
         assert len(httpx.get(f"{address}/v1/models").json()["data"]) == 2
     assert was_on_loop and not any(was_on_loop)
+
+
+def write_record(home: Path, folder: Path, **fields: Any) -> None:
+    """Write a record of a hub model whose files are in a folder outside the cache."""
+    (home / "hub").mkdir(exist_ok=True)
+    names = [path.name for path in folder.iterdir()]
+    record = {
+        "name": "hf:me/model", "id": "me/model", "commit": "0" * 40, "folder": str(folder),
+        "main": "", "files": dict.fromkeys(names, ""), "size": 1, "pulled_at": 1.0, **fields,
+    }  # fmt: skip
+    digest = hashlib.sha256(record["name"].encode()).hexdigest()[:16]
+    (home / "hub" / f"hf-{digest}.json").write_text(json.dumps(record))
+    disk.mark_changed(home)
+
+
+def test_pulled_encoder_that_the_options_do_not_suit_is_skipped(tmp_path, caplog):
+    """Regression: each request failed if --max-embedding-tokens was too much for one encoder."""
+    folder = tiny_encoders.copied("mean", tmp_path / "mean")
+    write_record(tmp_path, folder)
+    options = LoadOptions(
+        cache_budget=2**20, dtype="float32", home=tmp_path, notify=print, max_embedding_tokens=9999
+    )
+    pulled_specs = resolve.PulledSpecs(catalogue.load(tmp_path), options, {})
+    assert pulled_specs() == {} and "me/model" in caplog.text
+    assert resolve.PulledSpecs(
+        catalogue.load(tmp_path), replace(options, max_embedding_tokens=None), {}
+    )().keys() == {"me/model"}
+
+
+def test_older_record_of_an_id_is_skipped_and_logged(tmp_path, caplog):
+    """Regression: of two quantizations with one id, the server dropped one in silence."""
+    for name, pulled_at in (("old", 1.0), ("new", 2.0)):
+        (tmp_path / name).mkdir()
+        tiny_gguf.write_gguf(tmp_path / name / "m.gguf")
+        write_record(
+            tmp_path, tmp_path / name, name=f"hf:me/model:{name}", main="m.gguf",
+            pulled_at=pulled_at,
+        )  # fmt: skip
+    options = LoadOptions(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
+    paths: dict[str, Path] = {}
+    assert resolve.PulledSpecs(catalogue.load(tmp_path), options, paths)().keys() == {"me/model"}
+    assert paths == {"me/model": tmp_path / "new" / "m.gguf"}
+    assert str(tmp_path / "old") in caplog.text
 
 
 def test_kv_cache_size_of_a_model_does_not_depend_on_number_of_models(tmp_path, monkeypatch):
