@@ -229,8 +229,13 @@ def test_peak_memory_of_load_is_model_and_largest_tensor(model_file, tmp_path, d
 # --- 8-bit floats -----------------------------------------------------------------------------
 
 
-def fp8_folder(folder: Path, dtype, layout: str, quantization: dict, block: int = 16) -> dict:
-    """Write the golden Llama with FP8 projections, and return the dequantized weights by name."""
+def fp8_folder(
+    folder: Path, dtype, layout: str, quantization: dict, block: int = 16, leave_out: str = ""
+) -> dict:
+    """Write the golden Llama with FP8 projections, and return the dequantized weights by name.
+
+    The tensor `leave_out` is not written.
+    """
     config = json.loads((GOLDEN / "llama" / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     stored, expected = {}, {}
@@ -253,6 +258,7 @@ def fp8_folder(folder: Path, dtype, layout: str, quantization: dict, block: int 
         expected[name] = stored[name].astype(np.float32) * full
         suffix = "_scale" if quantization.get("quant_method") != "fp8" else "_scale_inv"
         stored[name + suffix] = factors.reshape(()) if layout == "tensor" else factors
+    stored.pop(leave_out, None)
     write_safetensors(folder / "model.safetensors", stored)
     return expected
 
@@ -304,6 +310,16 @@ def test_fp8_scale_of_a_wrong_shape_raises(tmp_path):
     config["quantization_config"]["weight_block_size"] = "large"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=naming("weight_block_size", "'large'")):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["block", "tensor", "row"])
+def test_fp8_weight_without_a_scale_raises(tmp_path, layout):
+    """Regression: an FP8 weight whose scale is missing was loaded without it, with wrong values."""
+    suffix = "_scale" if layout == "row" else "_scale_inv"
+    scale = f"model.layers.0.mlp.down_proj.weight{suffix}"
+    fp8_folder(tmp_path, jnp.float8_e4m3fn, layout, LAYOUTS[layout], leave_out=scale)
+    with pytest.raises(ValueError, match=naming(scale, "F8_E4M3")):
         checkpoint.load(tmp_path)
 
 

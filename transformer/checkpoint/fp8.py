@@ -41,7 +41,8 @@ def dequantize(
         tensors: Tensors by name.
 
     Raises:
-        ValueError: A scale has no weight, or its shape does not fit the shape of the weight.
+        ValueError: A scale has no weight, its shape does not fit the shape of the weight, or a
+            tensor in 8-bit floats has no scale.
     """
     config, tensors = dict(config), dict(tensors)
     key = "quantization_config"
@@ -55,6 +56,7 @@ def dequantize(
         del tensors[name]
     if ignored:
         log.warning("ignoring %d scales of activations, such as %s", len(ignored), ignored[0])
+    scaled: set[str] = set()
     for name in [name for name in tensors if name.endswith(_SCALES)]:
         scale = tensors.pop(name)
         weight_name = f"{name[: name.rindex('.')]}.weight"
@@ -63,6 +65,13 @@ def dequantize(
                 f"{scale.path}: {name} is the scale of {weight_name}, which is missing"
             )
         tensors[weight_name] = _scaled(weight, scale, name, block)
+        scaled.add(weight_name)
+    for name, tensor in tensors.items():
+        if tensor.dtype.startswith("F8_") and name not in scaled:
+            raise ValueError(
+                f"{tensor.path}: {name!r} has the dtype {tensor.dtype}, but its scale is missing: "
+                f"expected {' or '.join(name.removesuffix('.weight') + scale for scale in _SCALES)}"
+            )
     return config, tensors
 
 
