@@ -437,7 +437,7 @@ def _no_weights(repo: str, names: Sequence[str]) -> Unusable:
     return Unusable(
         f"{repo} has only pickles ({pickles[0]}), which can run any code when they are loaded. "
         f"Download it with `hf download {repo} --local-dir FOLDER`, and convert it in an isolated "
-        f"environment: {conversion_command(Path('FOLDER'))}"
+        f"environment: {conversion_command(Path('FOLDER'), pickles)}"
     )
 
 

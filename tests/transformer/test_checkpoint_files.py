@@ -1,6 +1,7 @@
 """Checkpoints of several files, in 8-bit floats, and in every quantization that `gguf` reads."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -332,6 +333,31 @@ def test_unsupported_quantization_is_rejected_with_key(tmp_path):
 # --- pickles ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["consolidated.00.pth", "tokenizer.bin"], "consolidated*.pth"),
+        (["pytorch_model.bin", "training_args.bin"], "pytorch_model*.bin"),
+        (["optimizer.pt", "weights[1].pt"], "optimizer.pt"),
+    ],
+)
+def test_conversion_command_globs_the_files_with_weights(tmp_path, names, expected):
+    """Regression: the command read `*.bin`: also training_args.bin, and no consolidated.00.pth."""
+    shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/{expected}")):
+        checkpoint.load(tmp_path)
+
+
+def test_conversion_command_without_weights_stops(tmp_path):
+    """Regression: the command wrote a model.safetensors without tensors if no file matched."""
+    command = shlex.split(conversion_command(tmp_path))
+    result = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
+    assert result.returncode == 1 and "pytorch_model*.bin" in result.stderr
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 @pytest.mark.parity
 def test_conversion_command_converts_a_pickle(tmp_path):
     import torch
@@ -342,6 +368,7 @@ def test_conversion_command_converts_a_pickle(tmp_path):
     for i, half in enumerate(halves):
         state = {name: torch.from_numpy(array.copy()) for name, array in half.items()}
         torch.save(state, tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
-    command = shlex.split(conversion_command(tmp_path))
+    torch.save({"optimizer": 1}, tmp_path / "training_args.bin")
+    command = shlex.split(conversion_command(tmp_path, [p.name for p in tmp_path.glob("*.bin")]))
     subprocess.run([sys.executable, *command[1:]], check=True)
     assert_same(checkpoint.load(tmp_path)[0], checkpoint.load(GOLDEN / "llama")[0])

@@ -8,10 +8,12 @@ file.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+import glob
 import json
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ _INTEGERS = {  # of quantized weights
 }  # fmt: skip
 _INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_PICKLES = tuple(f"*{suffix}" for suffix in PICKLE_SUFFIXES)
+# Names of transformers and of Meta's Llama; adapters and old files have others.
+_WEIGHT_PICKLES = ("pytorch_model*.bin", "consolidated*.pth")
 
 
 def read(
@@ -71,25 +74,41 @@ def read(
     return config, tensors
 
 
-def conversion_command(path: Path) -> str:
+def conversion_command(path: Path, names: Sequence[str] = ()) -> str:
     """Return the command that converts pickled weights of PyTorch to safetensors.
 
     The command needs torch; with `weights_only`, torch unpickles tensors and nothing else. Tied
-    weights are stored twice.
+    weights are stored twice. The command stops if it finds no file with weights.
 
     Args:
-        path: A file with pickled weights, or a folder with one or several such `.bin` files.
+        path: A file with pickled weights, or a folder with one or several of them.
+        names: The names of the pickles in the folder.
     """
-    pattern = f"{path}/*.bin" if path.suffix not in PICKLE_SUFFIXES else str(path)
-    folder = path.parent if path.suffix in PICKLE_SUFFIXES else path
+    is_file = path.suffix in PICKLE_SUFFIXES
+    folder = path.parent if is_file else path
+    name = path.name if is_file else weight_pickles(names)
+    pattern = f"{glob.escape(str(folder))}/{name}"
     code = (
-        "import glob, torch; from safetensors.torch import save_file; "
-        f"w = {{k: v for f in sorted(glob.glob({pattern!r})) "
+        f"import glob, sys; files = sorted(glob.glob({pattern!r})) "
+        f"or sys.exit({f'no file matches {pattern}'!r}); "
+        "import torch; from safetensors.torch import save_file; "
+        "w = {k: v for f in files "
         "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; "
         "save_file({k: v.clone().contiguous() for k, v in w.items()}, "
         f"{str(folder / 'model.safetensors')!r}, {{'format': 'pt'}})"
     )
     return f"python -c {shlex.quote(code)}"
+
+
+def weight_pickles(names: Sequence[str]) -> str:
+    """Return the pattern of the files with weights among the pickles of a folder.
+
+    Other pickles, such as `training_args.bin`, have no weights.
+    """
+    for pattern in _WEIGHT_PICKLES:
+        if fnmatch.filter(names, pattern):
+            return pattern
+    return glob.escape(names[0]) if names else _WEIGHT_PICKLES[0]
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
@@ -102,11 +121,12 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
     if single.exists():
         return {single: []}
     if not index.exists():
-        if pickles := [p.name for glob in _PICKLES for p in folder.glob(glob)]:
+        if pickles := sorted(p.name for p in folder.glob("*") if p.suffix in PICKLE_SUFFIXES):
+            weights = fnmatch.filter(pickles, weight_pickles(pickles))
             raise ValueError(
-                f"{folder}: has only pickled weights ({pickles[0]}), which are never opened "
+                f"{folder}: has only pickled weights ({weights[0]}), which are never opened "
                 "because unpickling runs code from the file; convert them in an isolated "
-                f"environment: {conversion_command(folder)}"
+                f"environment: {conversion_command(folder, pickles)}"
             )
         others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
         raise FileNotFoundError(
