@@ -72,10 +72,15 @@ def lark_schema(schema: Mapping[str, Any]) -> str:
 
 
 class Matcher:
-    """The state of a grammar in one sequence; a `transformer.engine.GrammarMatcher`."""
+    """The state of a grammar in one sequence; a `transformer.engine.GrammarMatcher`.
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
+    Args:
+        matcher: the state before the first token.
+        num_tokens: the size of the vocabulary.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int) -> None:
+        self._matcher, self._num_words = matcher, -(-num_tokens // 32)
 
     @property
     def is_finished(self) -> bool:
@@ -90,7 +95,7 @@ class Matcher:
         """
         bits = self._matcher.compute_bitmask()
         self._check()
-        return np.frombuffer(bits, np.uint32)
+        return np.frombuffer(bits, np.uint32)[: self._num_words]  # there can be one word more
 
     def accept(self, token: int) -> None:
         """Advance by a token.
@@ -109,12 +114,12 @@ class Matcher:
 class CompiledGrammar:
     """A compiled grammar; a `transformer.engine.Grammar`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: llguidance.LLMatcher, num_tokens: int) -> None:
+        self._matcher, self._num_tokens = matcher, num_tokens
 
     def matcher(self) -> Matcher:
         """Return the state before the first token."""
-        return Matcher(self._matcher.deep_copy())
+        return Matcher(self._matcher.deep_copy(), self._num_tokens)
 
 
 class GrammarCompiler:
@@ -170,7 +175,8 @@ class GrammarCompiler:
         except ValueError as error:  # no JSON object, nested too deep, or invalid GBNF
             raise GrammarError(str(error)) from None
         compiled = CompiledGrammar(
-            llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+            llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS),
+            self._tokenizer.vocab_size,
         )
         if not compiled.matcher().token_bitmask().any():
             raise GrammarError("the grammar allows no text")

@@ -10,6 +10,7 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
+import bpe
 from serve.models.grammar import GrammarCompiler, GrammarSource
 from tests.serve import scripted
 
@@ -201,3 +202,14 @@ def test_bitmask_allows_exactly_the_bytes_that_continue_the_grammar():
         state.accept(byte)
     assert steps == [b"ac", b"bc"]
     assert state.is_finished
+
+
+@pytest.mark.parametrize("num_special_tokens", [31, 32, 33])
+def test_bitmask_has_a_bit_per_token_and_no_word_more(num_special_tokens):
+    """Regression: with 49,152 tokens, a multiple of 32, every step with a grammar failed."""
+    special_tokens = {f"<{i}>": 256 + i for i in range(num_special_tokens)}
+    tokenizer = bpe.Tokenizer(
+        encoding=scripted.byte_encoding(special_tokens), bos_id=None, eos_id=256
+    )
+    grammar = GrammarCompiler(tokenizer).compile(GrammarSource("regex", "a"))
+    assert len(grammar.matcher().token_bitmask()) == -(-(256 + num_special_tokens) // 32)
