@@ -13,7 +13,7 @@ import functools
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from bpe.added_tokens import WHITESPACE, AddedToken, TokenSplitter, token_splitter
 from bpe.pretokenize import split
@@ -613,6 +613,29 @@ class Encoding(Vocab):
         return self.special_tokens["<|endoftext|>"]
 
     # A named encoding is pickled as its name, any other encoding as its constructor arguments.
+
+    def without_added_tokens(self, first_id: int) -> Self:
+        """Return a copy without the special and added tokens whose id is `first_id` or greater.
+
+        A text that contains such a token is then encoded as ordinary text.
+        """
+        result = type(self).__new__(type(self))
+        lazy = {
+            name
+            for cls in type(self).__mro__
+            for name, value in vars(cls).items()
+            if isinstance(value, functools.cached_property)
+        }
+        vars(result).update((key, value) for key, value in vars(self).items() if key not in lazy)
+        result.special_tokens = {t: id for t, id in self.special_tokens.items() if id < first_id}
+        result.added_tokens = tuple(token for token in self.added_tokens if token.id < first_id)
+        dropped = {*self.special_tokens.values(), *(token.id for token in self.added_tokens)}
+        result._decoder = {
+            id: token for id, token in self._decoder.items() if id < first_id or id not in dropped
+        }
+        result.max_token_value = max(result._decoder)
+        result.factory = None
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.factory is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from bpe.chat import ChatTemplate
 from bpe.encoding import Encoding
+from bpe.log_once import warn_once
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,47 @@ class Tokenizer:
     add_bos: bool = False
     add_eos: bool = False
     stop_ids: frozenset[int] = frozenset()
+
+    def for_embedding_table(self, num_rows: int) -> Tokenizer:
+        """Return the tokenizer without the added tokens that have no row in an embedding table.
+
+        Published models have such tokens: the images of Gemma 3 in its text-only models, a padding
+        token that was added to Llama 2. The dropped tokens are logged, and a text that contains one
+        is encoded as ordinary text.
+
+        Args:
+            num_rows: the number of rows of the embedding table.
+
+        Raises:
+            ValueError: if a token that was not added has no row, or the token that begins each
+                text.
+        """
+        encoding = self.encoding.without_added_tokens(num_rows)
+        beyond = sorted(self.encoding.token_ids - encoding.token_ids)
+        if encoding.n_vocab > num_rows or (self.add_bos and self.bos_id in beyond):
+            raise ValueError(
+                f"the tokenizer has ids up to {self.encoding.max_token_value}, but the model's "
+                f"embedding table has {num_rows} rows: use the tokenizer of this model"
+            )
+        if not beyond:
+            return self
+        names = [
+            repr(self.encoding.decode_single_token_bytes(id).decode(errors="replace"))
+            for id in beyond
+        ]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warn_once(
+            log,
+            f"{self.encoding.name}: ignoring the added tokens {', '.join(names[:3])}{more}: their "
+            f"ids begin at {beyond[0]}, but the model's embedding table has {num_rows} rows",
+        )
+        return dataclasses.replace(
+            self,
+            encoding=encoding,
+            bos_id=None if self.bos_id in beyond else self.bos_id,
+            eos_id=None if self.eos_id in beyond else self.eos_id,
+            stop_ids=self.stop_ids.difference(beyond),
+        )
 
 
 def build_chat_templates(

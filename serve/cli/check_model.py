@@ -30,7 +30,8 @@ def check(
     from serve.models import download, kinds
 
     notes = _LogLines()
-    logging.getLogger("transformer").addHandler(notes)
+    for package in ("bpe", "transformer"):
+        logging.getLogger(package).addHandler(notes)
     try:
         path = download.check_local_model(path)
         kind = kinds.recognize(path)

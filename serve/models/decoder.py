@@ -235,7 +235,8 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
 
     Raises:
         ValueError: the tokenizer cannot be read or appends EOS to each text, the chat template has
-            an error, or the embedding table has fewer rows than the tokenizer has ids.
+            an error, or the embedding table has no row for a token; see
+            `bpe.Tokenizer.for_embedding_table`.
     """
     if path.is_dir():
         tokenizer = bpe.load(path)
@@ -248,12 +249,7 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
             "the tokenizer appends EOS to every text, so the model cannot continue a text: use a "
             "decoder"
         )
-    if tokenizer.encoding.n_vocab > header.cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {tokenizer.encoding.max_token_value}, but the model's "
-            f"embedding table has {header.cfg.vocab_size} rows: use the tokenizer of this model"
-        )
-    return tokenizer
+    return tokenizer.for_embedding_table(header.cfg.vocab_size)
 
 
 def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:

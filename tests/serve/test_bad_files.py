@@ -4,6 +4,7 @@ A server that loads one while it runs goes on; see test_manage_models.py.
 """
 
 import json
+import pickle as pickle_module
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from serve.cli.check_model import check
 from serve.exceptions import Unusable
+from serve.models.decoder import read_tokenizer
 from tests.naming import names, naming
 from tests.serve import tiny
 from tests.serve.test_cli import run
 from tests.transformer.conftest import GOLDEN
 from tests.transformer.test_encoder_gguf import write as write_encoder
+from transformer import checkpoint
 
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 INDEX = "model.safetensors.index.json"
@@ -63,9 +66,7 @@ def two_tokens_with_one_id(folder: Path) -> None:
 
 
 def token_beyond_the_embedding(folder: Path) -> None:
-    token = dict(id=400, content="<far>", special=True, single_word=False, lstrip=False,
-                 rstrip=False, normalized=False)  # fmt: skip
-    change_tokenizer(folder, lambda spec: spec["added_tokens"].append(token))
+    change_tokenizer(folder, lambda spec: spec["model"]["vocab"].update(far=400))
 
 
 def unigram_without_unk(folder: Path) -> None:
@@ -117,6 +118,26 @@ def test_bad_files_are_refused_with_file_and_field(
     with pytest.raises(Unusable, match=naming(folder, *facts)) as info:
         check(folder)
     assert info.value.exit_code == 3
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_without_an_embedding_row_are_dropped(
+    intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], special: bool
+) -> None:
+    """Regression: Gemma 3 1B was refused: the id of <image_soft_token> is the number of rows."""
+    folder = tmp_path / f"model-{special}"
+    shutil.copytree(intact, folder)
+    rows = tiny.CFG.vocab_size
+    token = dict(id=rows, content="<far>", special=special, single_word=False, lstrip=False,
+                 rstrip=False, normalized=False)  # fmt: skip
+    change_tokenizer(folder, lambda spec: spec["added_tokens"].append(token))
+    check(folder, json=True)
+    (line,) = [line for line in json.loads(capsys.readouterr().out)["ignored"] if "<far>" in line]
+    assert names(line, rows)
+    encoding = read_tokenizer(folder, checkpoint.read_header(folder)).encoding
+    assert encoding.n_vocab <= rows and "<far>" not in encoding.special_tokens
+    assert encoding.encode("a<far>", allowed_special="all") == list(b"a<far>")
+    assert pickle_module.loads(pickle_module.dumps(encoding)).encode("<far>") == list(b"<far>")
 
 
 def test_encoder_in_a_gguf_file_is_checked(

@@ -106,7 +106,7 @@ def damaged_vocabulary(folder: Path) -> None:
 
 def too_large_vocabulary(folder: Path) -> None:
     spec = json.loads((folder / "tokenizer.json").read_text())
-    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 999, "content": "<far>"})
+    spec["model"]["vocab"]["far"] = 999
     (folder / "tokenizer.json").write_text(json.dumps(spec))
 
 

@@ -273,7 +273,8 @@ def read_tokenizer(model: Path, max_tokens: int | None = None) -> tuple[Tokenize
             the result.
     """
     cfg = checkpoint.read_config(model)
-    return formats.load(model), min(max_tokens or 2048, cfg.max_seq_len)
+    tokenizer = formats.load(model).for_embedding_table(cfg.vocab_size)
+    return tokenizer, min(max_tokens or 2048, cfg.max_seq_len)
 
 
 def auto_epochs(examples: int) -> int:
