@@ -75,7 +75,7 @@ def test_pulled_model_is_described_off_the_event_loop(tmp_path, monkeypatch):
 def write_record(home: Path, folder: Path, **fields: Any) -> None:
     """Write a record of a hub model whose files are in a folder outside the cache."""
     (home / "hub").mkdir(exist_ok=True)
-    names = [path.name for path in folder.iterdir()]
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     record = {
         "name": "hf:me/model", "id": "me/model", "commit": "0" * 40, "folder": str(folder),
         "main": "", "files": dict.fromkeys(names, ""), "size": 1, "pulled_at": 1.0, **fields,
