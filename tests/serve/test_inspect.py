@@ -70,7 +70,7 @@ def test_inspect_wrong_usage_exits_with_2_and_creates_no_folder(folder, tmp_path
     for arguments, facts in (
         (["a"], ["1 tokens", 2, 48]),
         (["a" * 49], ["49 tokens", 2, 48]),
-        (["ab", "--layer", "2"], ["layer 2", 0, 1]),
+        (["ab", "--layer", "2"], ["layer", 0, 1, 2]),
     ):
         done = run(*arguments, "-m", f"tiny={folder}", cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")

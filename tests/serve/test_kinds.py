@@ -8,7 +8,7 @@ import pytest
 from serve.api.app import create_app
 from serve.api.settings import ServerSettings
 from serve.cli.banner import banner
-from serve.exceptions import WrongUsage
+from serve.exceptions import Unusable
 from serve.models import catalogue, download, kinds, resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions
@@ -56,6 +56,6 @@ def test_catalogue_kinds_equal_keys_of_kinds_table():
     assert tuple(kinds.KINDS) == catalogue.KINDS
 
 
-def test_resolve_folder_of_unknown_model_kind_raises_wrong_usage(folder, tmp_path):
-    with pytest.raises(WrongUsage):
+def test_resolve_folder_of_unknown_model_kind_raises_unusable(folder, tmp_path):
+    with pytest.raises(Unusable):
         download.resolve_model(f"mine={folder}", catalogue.load(), tmp_path, notify=print)
