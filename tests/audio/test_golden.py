@@ -69,6 +69,7 @@ def test_word_timestamps_match_openai_whisper(id, name, language, clip, golden, 
     assert np.abs(times - expected["times"]).max() < 0.03
 
 
+@pytest.mark.slow  # loads a second model
 def test_transcribe_without_language_detects_it(clip, whisper):
     loaded = whisper("whisper-base")
     for name, language in (("austen-0880", "en"), ("coffee-fr", "fr"), ("train-de", "de")):

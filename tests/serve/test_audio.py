@@ -169,6 +169,7 @@ def test_streamed_text_of_long_audio_arrives_per_window(client):
     assert len(arrivals) > 8 and arrivals[3] < 0.7 * arrivals[-1], arrivals
 
 
+@pytest.mark.slow  # a minute of audio
 def test_long_audio_is_decoded_in_batches(client):
     samples, rate = soundfile.read(CLIP)
     pause = np.zeros(rate * 4)

@@ -417,6 +417,7 @@ def test_second_ctrl_c_stops_the_server_at_once(model_file: Pulled) -> None:
     assert "Traceback" not in "".join(lines)
 
 
+@pytest.mark.slow  # starts a server
 def test_python_example_of_the_banner_runs(tiny: dict[str, str]) -> None:
     with serving("--api-key", "secret", **tiny) as (_, _, lines):
         while not any(line.startswith("print(") for line in lines):

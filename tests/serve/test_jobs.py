@@ -236,6 +236,7 @@ def test_list_jobs_by_page_and_metadata(openai, trained):
     assert openai.fine_tuning.jobs.cancel(other.id).status == "cancelled"
 
 
+@pytest.mark.slow  # one more whole job
 def test_delete_model_deletes_its_checkpoints(openai, home):
     """Regression: the checkpoints of a deleted model stayed listed, served, and on the disk."""
     body = {"n_epochs": 2, "batch_size": 4}
