@@ -72,6 +72,16 @@ def server_error(detail: str = "") -> APIError:
     )
 
 
+def missing_parameter(param: str) -> APIError:
+    """Return the 400 error for a field that the request must have; `param` is its path."""
+    return APIError(
+        400,
+        f"Missing required parameter: '{param}'.",
+        param=param,
+        code="missing_required_parameter",
+    )
+
+
 def unsupported(param: str, value: object, supported: str) -> APIError:
     """Return the 400 error for a value that OpenAI's API allows but this model or server does not.
 

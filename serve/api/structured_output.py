@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from serve.api.errors import APIError, unsupported
+from serve.api.errors import APIError, missing_parameter, unsupported
 from serve.api.requests import GenerationBody
 from serve.models.decoder import DecoderModel
 from serve.models.grammar import CompiledGrammar, GrammarSource
@@ -120,7 +120,7 @@ def _sources(body: GenerationBody) -> Iterator[tuple[str, GrammarSource]]:
         case "json_schema":
             param = "response_format.json_schema"
             if (wrapper := body.response_format.json_schema) is None:
-                raise _missing(param)
+                raise missing_parameter(param)
             schema = wrapper.json_schema
             yield param, schema_source(f"{param}.schema", schema) if schema else ANY_OBJECT
     for prefix, fields in (
@@ -145,15 +145,6 @@ def _sources(body: GenerationBody) -> Iterator[tuple[str, GrammarSource]]:
         yield "grammar", GrammarSource("grammar", body.grammar)
     if body.json_schema is not None:
         yield "json_schema", schema_source("json_schema", body.json_schema)
-
-
-def _missing(param: str) -> APIError:
-    return APIError(
-        400,
-        f"Missing required parameter: '{param}'.",
-        param=param,
-        code="missing_required_parameter",
-    )
 
 
 def _children(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic_core import from_json
 
 from bpe import ChatTemplate
-from serve.api.errors import APIError, unsupported
+from serve.api.errors import APIError, missing_parameter, unsupported
 from serve.api.requests import ChatBody, FunctionDefinition, FunctionName, Message, ToolChoice
 from serve.api.structured_output import checked_schema, compile_grammar, output_source
 from serve.models.decoder import DecoderModel
@@ -119,7 +119,7 @@ def _function(body: ChatBody, index: int) -> FunctionDefinition:
     if tool.type != "function":
         raise unsupported(f"{path}.type", tool.type, "Only 'function' is supported.")
     if tool.function is None:
-        raise _missing(f"{path}.function")
+        raise missing_parameter(f"{path}.function")
     return tool.function
 
 
@@ -134,18 +134,18 @@ def _resolve_choice(
     match choice.type:
         case "function":
             if choice.function is None:
-                raise _missing("tool_choice.function")
+                raise missing_parameter("tool_choice.function")
             return "required", [_known(choice.function.name, names, "tool_choice.function.name")], 1
         case "allowed_tools":
             if choice.allowed_tools is None:
-                raise _missing("tool_choice.allowed_tools")
+                raise missing_parameter("tool_choice.allowed_tools")
             allowed = []
             for index, tool in enumerate(choice.allowed_tools.tools):
                 path = f"tool_choice.allowed_tools.tools[{index}]"
                 if tool.type != "function":
                     raise unsupported(f"{path}.type", tool.type, "Only 'function' is supported.")
                 if tool.function is None:
-                    raise _missing(f"{path}.function")
+                    raise missing_parameter(f"{path}.function")
                 allowed.append(_known(tool.function.name, names, f"{path}.function.name"))
             return choice.allowed_tools.mode, allowed, None
     raise unsupported(
@@ -161,15 +161,6 @@ def _known(name: str, names: Sequence[str], path: str) -> str:
 
 def _invalid(param: str, message: str) -> APIError:
     return APIError(400, message, param=param, code="invalid_value")
-
-
-def _missing(param: str) -> APIError:
-    return APIError(
-        400,
-        f"Missing required parameter: '{param}'.",
-        param=param,
-        code="missing_required_parameter",
-    )
 
 
 # --- the grammar of the answer ----------------------------------------------------------------
@@ -282,13 +273,13 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             rendered["name"] = message.name
         if message.role == "tool":
             if (id := message.tool_call_id) is None:
-                raise _missing(f"{path}.tool_call_id")
+                raise missing_parameter(f"{path}.tool_call_id")
             if id not in names:
                 raise _no_call(f"{path}.tool_call_id", id)
             rendered |= {"tool_call_id": id, "name": names[id]}
         elif message.role == "function":
             if message.name is None:
-                raise _missing(f"{path}.name")
+                raise missing_parameter(f"{path}.name")
             if message.name not in last_ids:
                 raise _no_call(f"{path}.name", message.name)
             rendered |= {
@@ -363,7 +354,7 @@ def _text_content(message: Message, path: str, is_optional: bool) -> str:
             )
         text: str | None = getattr(part, part.type)
         if text is None:
-            raise _missing(f"{part_path}.{part.type}")
+            raise missing_parameter(f"{part_path}.{part.type}")
         texts.append(text)
     return "".join(texts)
 
