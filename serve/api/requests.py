@@ -183,10 +183,14 @@ class JSONSchemaFormat(Body):
 
 
 class ResponseFormat(Body):
-    """The requested format of the output: text, a JSON object, or JSON with a schema."""
+    """The requested format of the output: text, a JSON object, or JSON with a schema.
+
+    `schema` beside the type json_object is the spelling of llama.cpp's servers.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchemaFormat | None = None
+    object_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
 class StructuredOutputs(Body):

@@ -114,15 +114,26 @@ def checked_schema(param: str, schema: Any) -> dict[str, Any]:
 
 def _sources(body: GenerationBody) -> Iterator[tuple[str, GrammarSource]]:
     """Yield the path and the grammar of each field that sets the output format."""
-    match body.response_format.type:
+    response_format = body.response_format
+    match response_format.type:
         case "json_object":
-            yield "response_format", ANY_OBJECT
+            if schema := response_format.object_schema:
+                yield "response_format.schema", schema_source("response_format.schema", schema)
+            else:
+                yield "response_format", ANY_OBJECT
         case "json_schema":
             param = "response_format.json_schema"
-            if (wrapper := body.response_format.json_schema) is None:
+            if (wrapper := response_format.json_schema) is None:
                 raise missing_parameter(param)
             schema = wrapper.json_schema
             yield param, schema_source(f"{param}.schema", schema) if schema else ANY_OBJECT
+    if response_format.object_schema and response_format.type != "json_object":
+        raise APIError(
+            400,
+            "'response_format.schema' needs the type 'json_object'.",
+            param="response_format.schema",
+            code="invalid_value",
+        )
     for prefix, fields in (
         ("structured_outputs.", body.structured_outputs),
         ("guided_", body.guided),

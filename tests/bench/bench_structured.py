@@ -5,15 +5,22 @@ A chat model fills the schemas of `schemas.make_schemas`, sampled at temperature
 compiled to time their first bitmask, and a conversation is decoded with a schema and without,
 alternating, to compare the medians of the time per token.
 
+With `--servers`, running servers fill the schemas over HTTP instead, one request at a time, each
+schema by all servers in turn. `response_format` has the spelling of llama.cpp's servers, so that
+`python -m llama_cpp.server --model FILE` can be one of them.
+
 Usage: python -m tests.bench.bench_structured [--schemas 300] [--rounds 11] [--json] [ID]
+       python -m tests.bench.bench_structured --servers http://HOST:PORT/v1 ... [--schemas 60]
 """
 
 import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import jsonschema
+import openai
 
 from serve.api.structured_output import schema_source
 from serve.models.decoder import DecoderModel, load_decoder
@@ -24,6 +31,7 @@ from transformer.engine import Grammar, SequenceRequest, Token
 from transformer.sampling import SamplingParams
 
 MAX_TOKENS = 256
+PROMPT = "Describe a {title} as a JSON document."
 
 
 def request(model: DecoderModel, text: str, grammar: Grammar | None, seed: int, **fields):
@@ -42,13 +50,64 @@ def request(model: DecoderModel, text: str, grammar: Grammar | None, seed: int, 
     )
 
 
+def is_valid(text: str, schema: dict[str, Any]) -> bool:
+    """Return whether a text is a document of a schema; print it if not."""
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except ValueError as error:  # jsonschema's errors are not ValueErrors
+        print(f"no JSON: {text!r}: {error}")
+    except jsonschema.ValidationError as error:
+        print(f"invalid: {text!r}: {error.message}")
+    else:
+        return True
+    return False
+
+
+def compare_servers(urls: list[str], model: str, count: int) -> dict[str, dict[str, float]]:
+    """Return for each server how many schemas it filled, and its times in milliseconds."""
+    clients = {
+        url: openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=600) for url in urls
+    }
+    results: dict[str, list[tuple[bool, bool, float, float]]] = {url: [] for url in urls}
+    # The first schema, a request that is not measured, lets each server load and compile.
+    for seed, schema in enumerate(make_schemas(1) + make_schemas(count)):
+        for url, client in clients.items():
+            started, times, text, reason = time.perf_counter(), [], "", None
+            for chunk in client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": PROMPT.format(**schema)}],
+                temperature=0.7,
+                seed=seed,
+                max_tokens=MAX_TOKENS,
+                stream=True,
+                extra_body={"response_format": {"type": "json_object", "schema": schema}},
+            ):
+                for choice in chunk.choices:
+                    if choice.delta.content:
+                        times.append(1e3 * (time.perf_counter() - started))
+                        text += choice.delta.content
+                    reason = choice.finish_reason or reason
+            finished = reason == "stop"
+            step = (times[-1] - times[0]) / max(1, len(times) - 1)
+            results[url].append((finished, finished and is_valid(text, schema), times[0], step))
+    names = ("finished", "valid", "first_token_ms", "token_ms")
+    compared = {}
+    for url, rows in results.items():
+        columns = dict(zip(names, zip(*rows[1:], strict=True), strict=True))
+        compared[url] = {"schemas": count} | {
+            name: statistics.median(values) if name.endswith("_ms") else sum(values)
+            for name, values in columns.items()
+        }
+    return compared
+
+
 def fill_schemas(model: DecoderModel, count: int) -> dict[str, float]:
     """Return how many schemas were filled within `MAX_TOKENS`, and how many of these are valid."""
     schemas = make_schemas(count)
     requests = [
         request(
             model,
-            f"Describe a {schema['title']} as a JSON document.",
+            PROMPT.format(**schema),
             model.grammar_compiler.compile(schema_source("schema", schema)),
             seed,
         )
@@ -61,14 +120,7 @@ def fill_schemas(model: DecoderModel, count: int) -> dict[str, float]:
     for schema, completion in zip(schemas, completions, strict=True):
         if completion.finish_reason == "stop":
             finished += 1
-            text = model.tokenizer.encoding.decode(completion.ids)
-            try:
-                jsonschema.validate(json.loads(text), schema)
-                valid += 1
-            except ValueError as error:  # jsonschema's errors are not ValueErrors
-                print(f"no JSON: {text!r}: {error}")
-            except jsonschema.ValidationError as error:
-                print(f"invalid: {text!r}: {error.message}")
+            valid += is_valid(model.tokenizer.encoding.decode(completion.ids), schema)
     num_tokens = sum(len(completion.ids) for completion in completions)
     return {
         "schemas": count,
@@ -122,8 +174,13 @@ def main() -> None:
     parser.add_argument("id", nargs="?", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--schemas", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--servers", nargs="+", metavar="URL")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.servers:
+        compared = compare_servers(options.servers, options.id, options.schemas)
+        print(json.dumps(compared, indent=None if options.json else 2))
+        return
     path = pulled_path(options.id)
     model = load_decoder(
         options.id, path, owned_by="", cache_budget=2**28, max_batch_size=16, notify=print

@@ -36,9 +36,15 @@ def chat(client, **fields):
     return client.chat.completions.create(model="tiny", messages=MESSAGES, **fields)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_json_schema_random_model_answers_valid_document(client, seed):
-    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+@pytest.mark.parametrize(
+    ("seed", "response_format"),
+    [
+        (0, {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}),
+        (1, {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}),
+        (2, {"type": "json_object", "schema": SCHEMA}),  # llama.cpp's spelling
+    ],
+)
+def test_json_schema_random_model_answers_valid_document(client, seed, response_format):
     choice = chat(client, response_format=response_format, seed=seed, max_tokens=200).choices[0]
     assert choice.finish_reason == "stop"
     document = json.loads(choice.message.content)
@@ -150,6 +156,7 @@ def test_rows_with_and_without_schema_in_one_batch_equal_rows_alone(client):
     ("fields", "param"),
     [
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format.schema"),
         ({"guided_json": {"not": {}}}, "guided_json"),
         ({"guided_json": {"properties": {"a": {"dependencies": {}}}}}, "guided_json"),
         ({"guided_json": "{"}, "guided_json"),
