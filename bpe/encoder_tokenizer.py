@@ -207,15 +207,19 @@ def _from_gguf(path: Path, lowercase: bool) -> EncoderTokenizer:
     if metadata.get("tokenizer.ggml.model") == "bert":
         return _from_wordpiece(wordpiece_from_gguf(metadata, str(path)), lowercase)
     tokenizer = formats.load(path)
-    # llama.cpp adds bos and eos to the texts of an encoder; `add_sep_token` concerns pairs.
-    flags = {
-        name: metadata.get(f"tokenizer.ggml.add_{name}_token", name != "bos" or tokenizer.add_bos)
-        for name in ("bos", "eos")
+    # llama.cpp adds bos and eos to the texts of an encoder, and sep before the second of a pair.
+    # Files without a key for sep are older than the key: they are of RoBERTa or XLM-R.
+    defaults = {
+        "bos": tokenizer.add_bos,
+        "eos": True,
+        "sep": metadata.get("general.architecture") == "bert",
     }
-    ids = {
-        name: getattr(tokenizer, f"{name}_id") if flags[name] else None for name in ("bos", "eos")
-    }
-    return _from_tokenizer(tokenizer, _around(ids["bos"], ids["eos"]), lowercase)
+    sep = metadata.get("tokenizer.ggml.seperator_token_id", tokenizer.eos_id)  # its spelling
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "sep": sep}
+    for name, default in defaults.items():
+        if not metadata.get(f"tokenizer.ggml.add_{name}_token", default):
+            ids[name] = None
+    return _from_tokenizer(tokenizer, _around(**ids), lowercase)
 
 
 def _bos_and_eos(tokenizer: Any) -> PostProcessor:
@@ -225,12 +229,14 @@ def _bos_and_eos(tokenizer: Any) -> PostProcessor:
     )
 
 
-def _around(bos: int | None, eos: int | None) -> PostProcessor:
-    """Return a post-processor that adds the id `bos` before the first text, `eos` after each."""
-    before = () if bos is None else (Slot((bos,)),)
-    after = () if eos is None else (Slot((eos,)),)
+def _around(bos: int | None, eos: int | None, sep: int | None = None) -> PostProcessor:
+    """Return a post-processor for special tokens that are None or an id.
+
+    It adds `bos` before the first text, `eos` after each, and `sep` before the second text.
+    """
+    before, after, between = (() if id is None else (Slot((id,)),) for id in (bos, eos, sep))
     a, b = Slot((), "A"), Slot((), "B")
-    return PostProcessor((*before, a, *after), (*before, a, *after, b, *after))
+    return PostProcessor((*before, a, *after), (*before, a, *after, *between, b, *after))
 
 
 def wordpiece_from_gguf(metadata: Mapping[str, Any], where: str) -> WordPiece:

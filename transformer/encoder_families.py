@@ -15,7 +15,7 @@ is the same for decoders. Follows the configuration classes of transformers 5, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -327,8 +327,13 @@ GGUF_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "nomic-bert": dict(position="rope", mlp="swiglu"),
     "modern-bert": dict(position="rope", mlp="geglu", num_types=0, pre_norm=True),
 }
-_NO_RERANKER = "a GGUF file of a reranker is not supported; use its safetensors"
 _GGUF_POOLING = {1: "mean", 2: "cls", 3: "lasttoken"}
+_GGUF_RANK = 4  # the pooling type of a reranker
+_NO_DECODER_RERANKER = "a reranker that is a decoder is not supported"
+_GGUF_HEADS: dict[str, dict[str, Any]] = {
+    "bert": dict(_ROBERTA.head),
+    "modern-bert": dict(_MODERNBERT.head),
+}
 
 
 def gguf_pooling(metadata: Mapping[str, Any]) -> str | None:
@@ -340,15 +345,83 @@ def gguf_pooling(metadata: Mapping[str, Any]) -> str | None:
     kind = metadata.get("general.architecture")
     value = metadata.get(f"{kind}.pooling_type")
     if (labels := f"{kind}.classifier.output_labels") in metadata:
-        raise ValueError(f"{labels}: {_NO_RERANKER}")
+        raise ValueError(f"{labels}: {_NO_DECODER_RERANKER}")
     if value is None:
         return "mean" if kind in GGUF_ARCHITECTURES else None
     if value not in _GGUF_POOLING:
         raise ValueError(
             f"{kind}.pooling_type must be 1 (mean), 2 (cls) or 3 (last), got {value!r}"
-            + (f": {_NO_RERANKER}" if value == 4 else "")
+            + (f": {_NO_DECODER_RERANKER}" if value == _GGUF_RANK else "")
         )
     return _GGUF_POOLING[value]
+
+
+def is_gguf_cross_encoder(metadata: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Whether a GGUF file has an encoder with a head, which scores pairs of texts.
+
+    llama.cpp's converter writes no pooling type for such a model, and versions before 2025 no
+    labels either, so the tensors of the head decide too.
+
+    Args:
+        metadata: The key-value section of the file.
+        names: Names of the tensors.
+    """
+    kind = metadata.get("general.architecture")
+    return kind in GGUF_ARCHITECTURES and (
+        f"{kind}.classifier.output_labels" in metadata
+        or metadata.get(f"{kind}.pooling_type") == _GGUF_RANK
+        or any(name.startswith("cls.") for name in names)
+    )
+
+
+def head_fields_from_gguf(
+    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], str]:
+    """Return the fields of `HeadConfig` and the pooling of a cross-encoder in a GGUF file.
+
+    Args:
+        metadata: The key-value section of the file.
+        shapes: Shape of each tensor.
+
+    Raises:
+        ValueError: The head is not supported, or a key has an invalid value.
+    """
+    kind = metadata["general.architecture"]
+    if kind not in _GGUF_HEADS:
+        raise ValueError(
+            f"general.architecture of a cross-encoder must be one of {sorted(_GGUF_HEADS)}, got "
+            f"{kind!r}"
+        )
+    if "cls.weight" not in shapes:
+        raise ValueError(
+            "the tensor cls.weight of the cross-encoder's head is missing: llama.cpp's converter "
+            "drops the pooler of a BERT, so scores would not be those of the model; use its "
+            "safetensors"
+        )
+    if kind == "bert" and "token_types.weight" not in shapes:
+        raise ValueError(
+            "the tensor token_types.weight is missing, as in a DistilBERT, whose head is not "
+            "supported"
+        )
+    num_labels = shapes.get("cls.output.weight", (1,))[0]
+    labels = metadata.get(key := f"{kind}.classifier.output_labels")
+    if labels is not None and (not isinstance(labels, list) or len(labels) != num_labels):
+        count = len(labels) if isinstance(labels, list) else "no"
+        raise ValueError(
+            f"{key} must have a name for each of the {num_labels} rows of cls.output.weight, got "
+            f"{count} names"
+        )
+    value = metadata.get(key := f"{kind}.classifier.pooling_type", 2)
+    if value not in (1, 2):
+        raise ValueError(f"{key} must be 1 (mean) or 2 (cls), got {value!r}")
+    pooling_type = metadata.get(f"{kind}.pooling_type", _GGUF_RANK)
+    if pooling_type not in (value, _GGUF_RANK):
+        raise ValueError(
+            f"{kind}.pooling_type of a cross-encoder must be {_GGUF_RANK} (rank) or absent, got "
+            f"{pooling_type!r}"
+        )
+    head = _GGUF_HEADS[kind] | {"num_labels": num_labels, "has_bias": "cls.bias" in shapes}
+    return head, _GGUF_POOLING[value]
 
 
 def fields_from_gguf(
@@ -372,7 +445,8 @@ def fields_from_gguf(
             f"general.architecture must be one of {sorted(GGUF_ARCHITECTURES)}, got {kind!r}"
         )
     rest, pop = config_keys.read_gguf_section(metadata, kind)
-    rest.pop("pooling_type", None)
+    for key in ("pooling_type", "classifier.output_labels", "classifier.pooling_type"):
+        rest.pop(key, None)
     rest.pop("vocab_size", None)  # the shape of the embedding has it
     if pop("attention.causal", False):
         raise ValueError(f"{kind}.attention.causal must be false for an encoder, got true")

@@ -366,7 +366,7 @@ _KINDS = {
     "gemma4": _Kind(_read_gemma4, frozenset({"add_space_prefix"})),
     "t5": _Kind(
         functools.partial(_read_sentencepiece, model_type=UNIGRAM),
-        frozenset(_NEUTRAL) - {"add_sep_token"},
+        frozenset(_NEUTRAL),
         add_eos=True,
     ),
 }

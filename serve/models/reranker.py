@@ -181,7 +181,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
 
 def _recognizes(path: Path) -> bool:
     try:
-        return path.is_dir() and bert.is_cross_encoder(path)
+        return bert.is_cross_encoder(path)
     except (OSError, ValueError):
         return False
 

@@ -156,6 +156,37 @@ def test_gguf_wordpiece_gives_ids_of_vocab_txt(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("keys", "pair"),
+    [
+        ({}, "0a22b2"),  # of a version of llama.cpp without the key
+        ({"add_sep_token": True}, "0a22b2"),
+        ({"add_sep_token": True, "seperator_token_id": 1}, "0a21b2"),
+        ({"add_sep_token": False}, "0a2b2"),
+    ],
+)
+def test_gguf_of_xlm_roberta_puts_sep_before_the_second_text(tmp_path, keys, pair):
+    """Bug: the flag was refused for Unigram, and pairs had one </s> between the texts."""
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "bert")
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list(["<s>", "<pad>", "</s>", "<unk>", "a", "b"])
+    writer.add_token_scores([0.0, 0.0, 0.0, 0.0, -1.0, -1.0])
+    writer.add_token_types([3, 3, 3, 2, 1, 1])
+    writer.add_add_space_prefix(False)
+    for name, id in {"bos": 0, "eos": 2, "unknown": 3}.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
+    writer.add_add_bos_token(True)
+    for key, value in keys.items():
+        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
+        add(f"tokenizer.ggml.{key}", value)
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    tokenizer = bpe.load_encoder_tokenizer(tmp_path / "model.gguf")
+    assert tokenizer.encode("a") == [0, 4, 2]
+    expected = [{"a": 4, "b": 5}.get(item) or int(item) for item in pair]
+    assert tokenizer.encode_pair("a", "b") == (expected, [0] * len(expected))
+
+
+@pytest.mark.parametrize(
     ("tokens", "keys", "ids"),
     [
         (["\u2581he", "\u2581\u211d"], {}, [4]),

@@ -14,9 +14,11 @@ import numpy as np
 
 from serve.models.encoder import load_embedding_model
 from serve.models.reranker import load_rerank_model
+from tests.transformer.comparisons import convert
 
 TEXTS = json.loads((Path(__file__).parents[1] / "golden" / "encoder" / "texts.json").read_text())
 TEXTS = [text for text in TEXTS if text.strip()][::8]
+PAIRS = list(zip(TEXTS, TEXTS[::-1], strict=True))
 SIZES = dict(
     vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
     num_attention_heads=4, max_position_embeddings=130,
@@ -216,18 +218,61 @@ def score_difference(kind: str, labels: int, has_types: bool, folder: Path) -> f
     model.save_pretrained(folder)
     write_tokenizer(folder, kind, has_types)
     peer = CrossEncoder(str(folder), device="cpu")
-    pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
-    theirs = peer.predict(pairs)
-    served = load_rerank_model("x", folder, owned_by="me", dtype="float32")
-    encoded = [served.tokenizer.encode_pair(*pair, max_length=served.context) for pair in pairs]
-    ours = asyncio.run(served.score(encoded))
+    theirs = peer.predict(PAIRS)
     if labels == 2:
         theirs = torch.softmax(torch.tensor(theirs), 1)[:, 1].numpy()
-    differences = [float(np.abs(ours - theirs).max())]
+    differences = [float(np.abs(served_scores(folder) - theirs).max())]
     peer.activation_fn = torch.nn.Identity()
     peer.save_pretrained(str(folder / "saved"))  # with modules.json
-    again = load_rerank_model("x", folder / "saved", owned_by="me", dtype="float32")
+    logits = served_scores(folder / "saved")
     if labels == 1:
-        logits = asyncio.run(again.score(encoded))
-        differences.append(float(np.abs(logits - peer.predict(pairs)).max()))
+        differences.append(float(np.abs(logits - peer.predict(PAIRS)).max()))
     return max(differences)
+
+
+def served_scores(path: Path) -> np.ndarray:
+    model = load_rerank_model("x", path, owned_by="me", dtype="float32")
+    pairs = [model.tokenizer.encode_pair(*pair, max_length=model.context) for pair in PAIRS]
+    return asyncio.run(model.score(pairs))
+
+
+def converted_score_difference(llama_cpp: Path, folder: Path, labels: int, file: str) -> float:
+    """Compare the scores of an XLM-R cross-encoder that llama.cpp's converter made a GGUF file.
+
+    Args:
+        llama_cpp: A folder with convert_hf_to_gguf.py.
+        folder: An empty folder to write to.
+        labels: As in `score_difference`.
+        file: The file from which the converter reads the vocabulary.
+
+    Raises:
+        AssertionError: The scores differ from those of the safetensors.
+    """
+    import torch
+    import transformers
+    from sentence_transformers import CrossEncoder
+    from sentencepiece import SentencePieceTrainer
+
+    source = folder / "hf"
+    source.mkdir()
+    torch.manual_seed(0)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 3), model_prefix=str(source / "sentencepiece.bpe"),
+        model_type="unigram", vocab_size=300, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = transformers.XLMRobertaTokenizer.from_pretrained(source, model_max_length=130)
+    tokenizer.save_pretrained(source)
+    if file == "tokenizer.json":
+        (source / "sentencepiece.bpe.model").unlink()
+    # The converter takes two labels without names for the default, and writes none.
+    names = {i: f"relevance {i}" for i in range(labels)}
+    cfg = config("xlm-roberta", vocab_size=len(tokenizer), type_vocab_size=1, id2label=names)
+    model = transformers.AutoModelForSequenceClassification.from_config(cfg)
+    randomize(model)
+    model.save_pretrained(source)
+    theirs = CrossEncoder(str(source), device="cpu").predict(PAIRS)
+    if labels == 2:
+        theirs = torch.softmax(torch.tensor(theirs), 1)[:, 1].numpy()
+    ours = served_scores(convert(llama_cpp, source))
+    np.testing.assert_allclose(ours, served_scores(source), rtol=0, atol=1e-6)
+    return float(np.abs(ours - theirs).max())

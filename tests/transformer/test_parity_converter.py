@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.serve import encoder_comparisons
 from tests.transformer.comparisons import (
     TOLERANCE,
     convert,
@@ -61,3 +62,13 @@ def test_llama_cpp_converter_dequantizes_to_the_same_weights(llama_cpp, tmp_path
 @pytest.mark.parametrize("name", [*TINY, *MORE, "gpt_oss-mxfp4"])
 def test_model_converted_by_llama_cpp_matches_transformers(llama_cpp, tmp_path, name):
     assert converted_difference(name, llama_cpp, tmp_path) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("labels", "file"),
+    [(1, "sentencepiece.bpe.model"), (1, "tokenizer.json"), (2, "tokenizer.json")],
+)
+def test_reranker_converted_by_llama_cpp_matches_cross_encoder(llama_cpp, tmp_path, labels, file):
+    """Bug: GGUF files of rerankers, such as those of bge-reranker-v2-m3, were refused."""
+    difference = encoder_comparisons.converted_score_difference(llama_cpp, tmp_path, labels, file)
+    assert difference <= encoder_comparisons.TOLERANCE

@@ -102,11 +102,21 @@ def is_bert(folder: Path) -> bool:
     return isinstance(kind, str) and kind in encoder_families.FAMILIES
 
 
-def is_cross_encoder(folder: Path) -> bool:
-    """Whether a Hugging Face folder is an encoder with a head for sequence classification."""
-    if not is_bert(folder) or sentence_transformers.has_pooling(folder):
+def is_cross_encoder(path: Path) -> bool:
+    """Whether a folder or GGUF file has an encoder with a head for sequence classification.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file is damaged.
+    """
+    if not path.is_dir():
+        kind = gguf.read_metadata_head(path).get("general.architecture")
+        return kind in encoder_families.GGUF_ARCHITECTURES and (
+            encoder_families.is_gguf_cross_encoder(*gguf.read(path))
+        )
+    if not is_bert(path) or sentence_transformers.has_pooling(path):
         return False
-    transformer = sentence_transformers.transformer_folder(folder)
+    transformer = sentence_transformers.transformer_folder(path)
     return _has_head(safetensors.read_json_object(transformer / "config.json"))
 
 
@@ -174,14 +184,20 @@ def _read_gguf_header(
     path: Path, pooling: str | tuple[str, ...] | None, normalize: bool | None
 ) -> Header:
     metadata, tensors = gguf.read(path)
-    file_pooling = encoder_families.gguf_pooling(metadata) or "mean"
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    head = None
+    if encoder_families.is_gguf_cross_encoder(metadata, shapes):
+        head_fields, pooling = encoder_families.head_fields_from_gguf(metadata, shapes)
+        head, normalize = HeadConfig(**head_fields), False
+    elif pooling is None:
+        pooling = encoder_families.gguf_pooling(metadata) or "mean"
     fields, rest = encoder_families.fields_from_gguf(metadata, shapes)
     cfg = Config(
         **fields,
         max_tokens=fields["max_seq_len"],
-        pooling=file_pooling if pooling is None else pooling,
+        pooling=pooling,
         normalize=True if normalize is None else normalize,  # as llama.cpp does; no key stores it
+        head=head,
     )
     kind = metadata["general.architecture"]
     config_keys.check_gguf(rest, cfg, kind)

@@ -72,6 +72,9 @@ _GGUF = {
     "up": "blk.{i}.ffn_up",
     "down": "blk.{i}.ffn_down",
     "mlp_norm": "blk.{i}.layer_output_norm",
+    "head_dense": "cls",
+    "head_norm": "cls.norm",
+    "head_out": "cls.output",
 }
 _GGUF_FUSED = dict.fromkeys("qkv", "blk.{i}.attn_qkv")
 _TABLES = {

@@ -108,8 +108,7 @@ def is_encoder(path: Path) -> bool:
         ValueError: A file is damaged.
     """
     if not path.is_dir():
-        metadata = gguf.read_metadata_head(path)
-        return _GGUF_GEMMA in metadata.values() or _has_gguf_pooling(metadata)
+        return _has_gguf_pooling(gguf.read_metadata_head(path)) and not bert.is_cross_encoder(path)
     if sentence_transformers.has_pooling(path):
         return True
     return bert.is_bert(path) and not bert.is_cross_encoder(path)
@@ -117,8 +116,9 @@ def is_encoder(path: Path) -> bool:
 
 def _has_gguf_pooling(metadata: dict[str, Any]) -> bool:
     kind = metadata.get("general.architecture")
-    value = metadata.get(f"{kind}.pooling_type", 0)
-    return kind in encoder_families.GGUF_ARCHITECTURES or value not in (0, None)
+    if kind == _GGUF_GEMMA or kind in encoder_families.GGUF_ARCHITECTURES:
+        return True
+    return metadata.get(f"{kind}.pooling_type") not in (0, None)
 
 
 def _is_decoder(path: Path) -> bool:

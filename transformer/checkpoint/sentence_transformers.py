@@ -95,11 +95,11 @@ def has_pooling(folder: Path) -> bool:
     return has_modules(folder) and any(kind == "Pooling" for kind, _ in _read_list(folder))
 
 
-def read_cross_encoder_settings(folder: Path) -> tuple[str | None, str]:
+def read_cross_encoder_settings(path: Path) -> tuple[str | None, str]:
     """Return the activation of a cross-encoder's logits, and the prompt before its first text.
 
     Args:
-        folder: a folder with config.json.
+        path: a folder with config.json, or a GGUF file, which stores neither.
 
     Returns:
         A name in `pooling.ACTIVATIONS`, or None if no file has one; and the prompt, usually empty.
@@ -107,8 +107,9 @@ def read_cross_encoder_settings(folder: Path) -> tuple[str | None, str]:
     Raises:
         ValueError: A file is damaged, or an activation is not supported.
     """
-    transformer = transformer_folder(folder)
-    path = transformer / "config.json"
+    if not path.is_dir():
+        return None, ""
+    folder, path = path, transformer_folder(path) / "config.json"
     config = safetensors.read_json_object(path)
     section = config.get("sentence_transformers")
     name = section.get("activation_fn") if isinstance(section, dict) else None
