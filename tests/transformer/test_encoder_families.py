@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.naming import naming
+from tests.transformer.test_checkpoint_files import assert_same, write_safetensors
+from tests.transformer.test_quantized import QUANTIZATION, quantize
 from transformer import encoder, pooled_decoder
 from transformer.checkpoint import bert, encoders
 from transformer.encoder import Config
@@ -105,6 +108,65 @@ def test_score_all_without_head_raises_value_error() -> None:
     params, cfg = bert.load(GOLDEN / "roberta")
     with pytest.raises(ValueError):
         encoder.score_all(params, cfg, [([1, 2], [0, 0])])
+
+
+# --- quantized weights and names of tensors ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *[("cross-roberta", method) for method in QUANTIZATION],
+        ("modernbert", "gptq"),  # queries, keys and values in one tensor
+        ("cross-bert", "fp8"),
+    ],
+)
+def test_quantized_folder_loads_as_its_dequantized_weights(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    """Bug: encoders in GPTQ, AWQ, compressed-tensors and FP8 were refused."""
+    settings: Any = QUANTIZATION.get(method, {"quant_method": "fp8"})
+    stored, expected = {}, {}
+    for key, array in load_file(GOLDEN / name / "model.safetensors").items():
+        stored[key] = expected[key] = array
+        if "layer" not in key or array.ndim == 1:
+            continue
+        if method == "fp8":
+            stored[key] = array.astype(jnp.float8_e4m3fn)
+            stored[f"{key}_scale_inv"] = np.full((1, 1), 2, np.float32)
+            expected[key] = stored[key].astype(np.float32) * 2
+            continue
+        parts, expected[key] = quantize(array, method, settings, 1)
+        base = key.removesuffix("weight")
+        stored |= {base + part: values for part, values in parts.items()}
+        del stored[key]
+        if f"{base}bias" not in stored and method == "gptq":  # as AutoGPTQ stores it
+            stored[f"{base}bias"] = np.zeros(len(array), np.float32)
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    for folder in (packed, plain):
+        shutil.copytree(GOLDEN / name, folder)
+    save_file(expected, plain / "model.safetensors")
+    if method == "fp8":
+        write_safetensors(packed / "model.safetensors", stored)
+    else:
+        save_file(stored, packed / "model.safetensors")
+    config = config_of(name) | {"quantization_config": settings}
+    (packed / "config.json").write_text(json.dumps(config))
+    params, cfg = bert.load(packed)
+    assert cfg == bert.read_config(plain) == bert.read_config(packed)
+    assert_same(params, bert.load(plain)[0])
+
+
+def test_two_tensors_of_one_weight_are_rejected_with_their_names(tmp_path: Path) -> None:
+    """Bug: the second tensor that maps to a name replaced the first."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "roberta", folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.layer.0.output.LayerNorm.weight"
+    for other in (f"roberta.{name}", "encoder.layer.0.output.LayerNorm.gamma"):
+        save_file(tensors | {other: tensors[name]}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=naming(folder / "model.safetensors", name, other)):
+            bert.load(folder)
 
 
 # --- settings of config.json ------------------------------------------------------------------

@@ -255,7 +255,7 @@ def _match_tensors(
         check_tied(tensors, head, tree.embed.weight.name, path)
     if missing := sorted(num_rows.keys() - names):
         raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
-    unknown = _without_zero_biases(sorted(names - num_rows.keys()), tensors)
+    unknown = without_zero_biases(sorted(names - num_rows.keys()), tensors)
     if unknown:
         raise ValueError(
             f"{tensors[unknown[0]].path}: tensors that are not part of this model: "
@@ -274,7 +274,7 @@ def _match_tensors(
     return tree, infos, len(num_rows)
 
 
-def _without_zero_biases(names: list[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
+def without_zero_biases(names: list[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
     """Return the names of tensors without those of biases that are zero, and log these.
 
     GPTQ files have such a bias for a linear map without a bias.

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import config_keys, encoder_families
+from transformer import checkpoint, config_keys, encoder_families
 from transformer.checkpoint import gguf, safetensors, sentence_transformers
 from transformer.checkpoint.encoder_names import tensor_sources
 from transformer.checkpoint.gguf import LazyTensor
@@ -48,12 +48,14 @@ class Header(NamedTuple):
         cfg: Config of the encoder.
         scheme: Naming scheme of the tensors, see `encoder_names.py`.
         folder: Folder of the transformer, or the GGUF file.
+        tensors: Tensor name -> tensor whose data is read later.
         modules: The modules of a sentence-transformers folder, or None.
     """
 
     cfg: Config
     scheme: str
     folder: Path
+    tensors: Mapping[str, LazyTensor]
     modules: sentence_transformers.Modules | None = None
 
 
@@ -85,13 +87,11 @@ def load(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     header = read_header(path, pooling=pooling, normalize=normalize)
+    tensors = header.tensors
     if path.is_dir():
-        _, tensors = safetensors.read(header.folder, ignore=_IGNORED_TENSORS)
         tensors = _with_current_names(tensors, is_cross_encoder=header.cfg.head is not None)
         if header.modules is not None:
             tensors |= sentence_transformers.read_dense_tensors(header.modules.dense_folders)
-    else:
-        _, tensors = gguf.read(path)
     return _build_params(tensors, header, _DTYPES[dtype]), header.cfg
 
 
@@ -140,9 +140,9 @@ def read_header(
     if not path.is_dir():
         return _read_gguf_header(path, pooling, normalize)
     folder = sentence_transformers.transformer_folder(path)
-    config = safetensors.read_json_object(folder / "config.json")
+    config, tensors = safetensors.read(folder, ignore=_IGNORED_TENSORS)
     if _has_head(config) and not sentence_transformers.has_pooling(path):
-        return _read_cross_encoder_header(folder, config)
+        return _read_cross_encoder_header(folder, config, tensors)
     modules = sentence_transformers.read(path) if sentence_transformers.has_modules(path) else None
     if modules is not None:
         pooling = modules.pooling if pooling is None else pooling
@@ -159,7 +159,8 @@ def read_header(
         dense=() if modules is None else modules.dense,
     )
     max_tokens, _ = sentence_transformers.read_transformer_settings(folder)
-    return Header(_with_max_tokens(cfg, max_tokens), config["model_type"], folder, modules)
+    cfg = _with_max_tokens(cfg, max_tokens)
+    return Header(cfg, config["model_type"], folder, tensors, modules)
 
 
 def _has_head(config: Mapping[str, Any]) -> bool:
@@ -171,13 +172,15 @@ def _has_head(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_cross_encoder_header(folder: Path, config: Mapping[str, Any]) -> Header:
+def _read_cross_encoder_header(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+) -> Header:
     fields, pooling = encoder_families.head_fields(config)
     cfg = replace(
         Config.from_hf(config, pooling=pooling, normalize=False), head=HeadConfig(**fields)
     )
     max_tokens, _ = sentence_transformers.read_transformer_settings(folder)
-    return Header(_with_max_tokens(cfg, max_tokens), config["model_type"], folder)
+    return Header(_with_max_tokens(cfg, max_tokens), config["model_type"], folder, tensors)
 
 
 def _read_gguf_header(
@@ -201,7 +204,7 @@ def _read_gguf_header(
     )
     kind = metadata["general.architecture"]
     config_keys.check_gguf(rest, cfg, kind)
-    return Header(cfg, f"gguf.{kind}", path)
+    return Header(cfg, f"gguf.{kind}", path, tensors)
 
 
 def _with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
@@ -258,18 +261,26 @@ def _with_current_names(
     """Return the tensors by the names that transformers uses today, without pretraining heads.
 
     Names lose the prefix of the model type, and gamma and beta of a norm become weight and bias.
+
+    Raises:
+        ValueError: Two tensors get the same name.
     """
     unused = _PRETRAINING_HEADS if is_cross_encoder else (*_PRETRAINING_HEADS, *_MASKED_HEADS)
-    renamed = {}
+    renamed: dict[str, LazyTensor] = {}
+    old_names: dict[str, str] = {}
     for name, tensor in tensors.items():
         if name.startswith(unused):
             continue
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
-        name = name.removeprefix(prefix)
+        new_name = name.removeprefix(prefix)
         for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
-            if name.endswith(f"LayerNorm{old}"):
-                name = name.removesuffix(old) + new
-        renamed[name] = tensor
+            if new_name.endswith(f"LayerNorm{old}"):
+                new_name = new_name.removesuffix(old) + new
+        if new_name in renamed:
+            raise ValueError(
+                f"{tensor.path}: {old_names[new_name]} and {name} are the same weight of the model"
+            )
+        renamed[new_name], old_names[new_name] = tensor, name
     return renamed
 
 
@@ -286,9 +297,10 @@ def _build_params(tensors: Mapping[str, LazyTensor], header: Header, dtype: Any)
     names = tensors.keys() - ({*_UNUSED} - num_rows.keys())
     if missing := sorted(num_rows.keys() - names):
         raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
-    if unknown := sorted(names - num_rows.keys()):
+    unknown = checkpoint.without_zero_biases(sorted(names - num_rows.keys()), tensors)
+    if unknown:
         raise ValueError(
-            f"{path}: unknown tensors, which are not part of this architecture: "
+            f"{tensors[unknown[0]].path}: tensors that are not part of this model: "
             f"{_first_names(unknown)}"
         )
 
@@ -298,7 +310,7 @@ def _build_params(tensors: Mapping[str, LazyTensor], header: Header, dtype: Any)
         tensor, expected = tensors[source.name], (num_rows[source.name], *info.shape[1:])
         if tensor.shape != expected:
             raise ValueError(
-                f"{path}: {source.name} must have shape {expected}, got {tensor.shape}"
+                f"{tensor.path}: {source.name} must have shape {expected}, got {tensor.shape}"
             )
         is_matrix = key_path[-1].name == "weight"  # of a Linear
         rows = tensor.read(source.first_row, source.first_row + info.shape[0])
