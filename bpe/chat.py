@@ -347,8 +347,8 @@ class ChatTemplate:
             raise ValueError(f"the template variable {min(reserved)!r} is reserved: leave it out")
         if end_mark is None:
             return self._run(messages, tools, add_generation_prompt, **variables)
-        last = messages[-1] if messages else {}
-        if not isinstance(last.get("content"), str):
+        last = messages[-1] if messages else None
+        if not isinstance(last, dict) or not isinstance(last.get("content"), str):
             raise ValueError("the last message has no text to continue")
         # A space after the mark shows whether the template removes whitespace at the end.
         messages = [*messages[:-1], {**last, "content": f"{last['content']}{end_mark} "}]

@@ -99,7 +99,8 @@ def test_continue_final_message_ends_with_its_content(expression, content, text)
 
 
 def test_continue_final_message_without_text_raises():
-    for messages in ([], [{"role": "assistant"}]):
+    """Bug: a last message that is not an object raised AttributeError."""
+    for messages in ([], [{"role": "assistant"}], ["x"], [user("hi"), None], [["content"]]):
         with pytest.raises(ValueError, match="no text to continue"):
             CHATML.render(messages, continue_final_message=True)
     with pytest.raises(ValueError, match="does not write"):

@@ -171,6 +171,15 @@ def test_special_tokens_in_a_continued_message_stay_text(http, engine):
     assert text.endswith("a<|im_end|>b<|im")
 
 
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [([], "messages"), (["x"], "messages[0]"), ([*HI, None], "messages[1]")],
+)
+def test_message_without_text_is_not_continued(http, messages, param):
+    response = ask(http, CHAT, scripted="scripted", messages=messages, continue_final_message=True)
+    assert refusal(response)[0] == param
+
+
 def test_continued_message_with_generation_prompt_is_refused(http):
     fields = {"continue_final_message": True, "add_generation_prompt": True}
     assert refusal(ask(http, CHAT, scripted="scripted", **fields)) == (
