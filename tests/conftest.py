@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import platformdirs
 import pytest
 
@@ -29,6 +30,9 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# A first call may compile a program or load a model, so no time limit applies to an example.
+hypothesis.settings.register_profile("pellucid", deadline=None)
+hypothesis.settings.load_profile("pellucid")
 
 HEAVY = {"model_file", "address", "refused_url"}  # fixtures that need a model or a port
 

@@ -26,7 +26,7 @@ def test_merge_steps_list_pairs_and_ranks():
     assert merge_steps(ENCODING, b"x") == merge_steps(ENCODING, b"") == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.sampled_from("lower sé🙂a\n1"), min_size=1, max_size=20))
 @pytest.mark.parametrize("encoding", [ENCODING, RANKS], ids=["pairs", "ranks"])
 def test_last_merge_step_matches_encoding(encoding, text):

@@ -121,7 +121,7 @@ def vocabularies(draw) -> bpe.Encoding:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     vocabularies(), st.lists(st.text("abcé ") | st.text("ab", max_size=60), min_size=1, max_size=20)
 )

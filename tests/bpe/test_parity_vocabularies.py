@@ -153,7 +153,7 @@ def compare(encoding: bpe.Encoding, reference: Encode, texts: list[str], allowed
     for text, reference_ids in zip(batch, expected, strict=True):
         check_ids(encoding, text, encode(text), reference_ids)
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, suppress_health_check=list(HealthCheck))
     @given(st.text())
     def check(text: str) -> None:
         check_ids(encoding, text, encode(text), reference([text])[0])

@@ -105,7 +105,7 @@ def test_fast_encoder_matches_encoding_text_by_text(load_model, name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 @given(text=st.text())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_encode_then_decode_returns_the_text(load_model, name, text):
     encoding = load_model(name).encoding
     ids = encoding.encode_ordinary(text)

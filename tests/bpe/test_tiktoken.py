@@ -67,7 +67,7 @@ SETS = st.just("all") | st.sets(st.sampled_from(["<|endoftext|>", "<|endofprompt
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(text=TEXT, allowed=SETS, disallowed=SETS | st.just(()))
 def test_encode_and_decode_methods_match_tiktoken(theirs, name, text, allowed, disallowed):
     pair = bpe.get_encoding(name), theirs[name]

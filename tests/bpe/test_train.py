@@ -58,7 +58,7 @@ def test_merge_pair_with_overlaps_goes_from_left():
 few_letters = st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size=30).map(b"".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(few_letters, st.integers(1, 5), max_size=8), st.integers(1, 3))
 @pytest.mark.heavy
 def test_fast_learn_merges_matches_simple(counts, min_frequency):
@@ -67,7 +67,7 @@ def test_fast_learn_merges_matches_simple(counts, min_frequency):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.dictionaries(few_letters, st.integers(1, 5), min_size=1, max_size=8))
 def test_learned_merges_can_be_recovered_from_ranks(counts):
     """The ranks of a trained vocabulary determine its merges (docstring of `bpe.train`)."""
@@ -98,7 +98,7 @@ texts = st.lists(
 
 
 @pytest.mark.parametrize("name", [*PATTERNS, "other"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=texts)
 def test_fast_count_pieces_matches_simple(name, texts):
     pattern = PATTERNS.get(name, r"\S+|\s+")

@@ -221,7 +221,7 @@ def test_arbitrary_text_matches_tokenizers(reference):
         "aBé ç\u0301\u0300數字한\u00ad\u200d\x00\x85\t\n,.'$[]MASKSEP😀İßΣ"
     )
 
-    @settings(max_examples=1000, deadline=None)
+    @settings(max_examples=1000)
     @given(st.one_of(st.text(), st.text(characters)), st.text(characters), st.integers(3, 20))
     def compare(first: str, second: str, length: int) -> None:
         reference.no_truncation()

@@ -582,7 +582,7 @@ SCENARIOS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SCENARIOS, st.integers(1, 4), st.integers(6, 8), st.integers(1, 4))
 def test_random_requests_each_end_once_with_their_own_tokens(
     scenario, slots, blocks, max_batch_size

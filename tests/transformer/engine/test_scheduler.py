@@ -386,7 +386,7 @@ IDS = st.tuples(st.integers(0, 12), st.sampled_from([0, 1]), st.integers(0, 3)).
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 4), st.integers(8, 11), st.integers(1, 4), st.data())
 def test_random_actions_leak_no_slots_or_blocks_and_all_sequences_end(
     slots, blocks, max_batch_size, data
