@@ -37,6 +37,7 @@ class EncoderTokenizer:
         special_tokens: Mapping[str, int],
         lowercase: bool = False,
         has_types: bool = True,
+        tokenizer: formats.Tokenizer | None = None,
     ):
         """Create a tokenizer.
 
@@ -48,14 +49,38 @@ class EncoderTokenizer:
             lowercase: whether to convert texts to lower case first, except special tokens.
             has_types: whether `encode_pair` returns the token type ids of the post-processor; if
                 not, all are 0, as for a model without token types.
+            tokenizer: the tokenizer that `encode` belongs to; None for WordPiece.
         """
         self._encode, self._num_ids, self._lowercase = encode, num_ids, lowercase
-        self._has_types = has_types
+        self._has_types, self._tokenizer = has_types, tokenizer
         self.post_processor, self.special_tokens = post_processor, dict(special_tokens)
 
     def __len__(self) -> int:
         """Return one more than the highest id."""
         return self._num_ids
+
+    def for_embedding_table(self, num_rows: int) -> EncoderTokenizer:
+        """Return the tokenizer without the special tokens that have no row in an embedding table.
+
+        Args:
+            num_rows: the number of rows.
+
+        Raises:
+            ValueError: if another token has no row, or one that is added to each text.
+        """
+        tokenizer = self._tokenizer
+        added = {id for slot in self.post_processor.pair for id in slot.ids}
+        if tokenizer is None or max(added, default=0) >= num_rows:
+            raise ValueError(
+                f"the tokenizer has ids up to {len(self) - 1}, but the model's embedding table has "
+                f"{num_rows} rows: use the tokenizer of this model"
+            )
+        return _from_tokenizer(
+            tokenizer.for_embedding_table(num_rows),
+            self.post_processor,
+            self._lowercase,
+            self._has_types,
+        )
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -129,19 +154,35 @@ class EncoderTokenizer:
         )
 
 
-def load_encoder_tokenizer(path: str | Path, *, lowercase: bool = False) -> EncoderTokenizer:
+def load_encoder_tokenizer(
+    path: str | Path, *, lowercase: bool = False, num_rows: int | None = None
+) -> EncoderTokenizer:
     """Read the tokenizer of an encoder model.
 
     Args:
         path: a Hugging Face folder (`tokenizer.json`, or the `vocab.txt` of a BERT), or a GGUF
             file.
         lowercase: whether to convert texts to lower case first.
+        num_rows: the number of rows of the model's embedding table; None for any. A special token
+            without a row is dropped, as in `Tokenizer.for_embedding_table`, so that a text that
+            contains it is encoded as ordinary text.
 
     Raises:
         FileNotFoundError: if the path does not exist, or the folder has no tokenizer.
-        ValueError: if a file is damaged or has an unsupported setting.
+        ValueError: if a file is damaged or has an unsupported setting, or a token without a row is
+            not special or is added to each text.
     """
     path = Path(path)
+    tokenizer = _load(path, lowercase)
+    if num_rows is None or len(tokenizer) <= num_rows:
+        return tokenizer
+    try:
+        return tokenizer.for_embedding_table(num_rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _load(path: Path, lowercase: bool) -> EncoderTokenizer:
     if not path.is_dir():
         return _from_gguf(path, lowercase)
     file, has_types = path / "tokenizer.json", _has_types(path / "tokenizer_config.json")
@@ -199,6 +240,7 @@ def _from_tokenizer(
         special_tokens=encoding.special_tokens,
         lowercase=lowercase,
         has_types=has_types,
+        tokenizer=tokenizer,
     )
 
 

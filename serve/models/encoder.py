@@ -185,12 +185,11 @@ def load_embedding_model(
     enable_compilation_cache()
     chosen = dtypes.parse_dtype(dtype, dtypes.FLOAT_DTYPES)
     settings = encoders.read_settings(path)
-    tokenizer = bpe.load_encoder_tokenizer(settings.folder, lowercase=settings.lowercase)
+    tokenizer = load_tokenizer(path)
     weights = hash_files(path)
     if chosen is None:
         chosen = _choose_dtype(id, path, tokenizer, weights, notify)
     params, cfg = encoders.load(path, dtype=chosen)
-    check_vocabulary(tokenizer, cfg.vocab_size, path)
     return EmbeddingModel(
         id=id,
         created=created(path),
@@ -205,18 +204,15 @@ def load_embedding_model(
     )
 
 
-def check_vocabulary(tokenizer: bpe.EncoderTokenizer, vocab_size: int, path: Path) -> None:
-    """Check that the model has an embedding of each token, special tokens excepted.
+def load_tokenizer(path: Path) -> bpe.EncoderTokenizer:
+    """Return the tokenizer of a model's files, without special tokens that have no embedding.
 
     Raises:
-        ValueError: an ordinary token has no embedding, so the tokenizer is another model's.
+        ValueError: a file is damaged, or an ordinary token has no embedding, so the tokenizer is
+            another model's.
     """
-    extra = {id for id in tokenizer.special_tokens.values() if id >= vocab_size}
-    if len(tokenizer) - len(extra) > vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has ids up to {len(tokenizer) - 1}, but the model has "
-            f"{vocab_size} tokens: use the tokenizer of this model"
-        )
+    settings, rows = encoders.read_settings(path), encoders.read_config(path).vocab_size
+    return bpe.load_encoder_tokenizer(settings.folder, lowercase=settings.lowercase, num_rows=rows)
 
 
 def created(path: Path) -> int:

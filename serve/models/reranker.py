@@ -24,14 +24,14 @@ from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.dtypes import FloatDtype
 from serve.models.encoder import (
     TextModel,
-    check_vocabulary,
     created,
     hash_files,
+    load_tokenizer,
     text_model_spec,
 )
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec
 from transformer import encoder, packing
-from transformer.checkpoint import bert, encoders, sentence_transformers
+from transformer.checkpoint import bert, sentence_transformers
 from transformer.encoder import Config, Params
 from transformer.pooling import ACTIVATIONS
 
@@ -105,13 +105,11 @@ def load_rerank_model(
     """Load a cross-encoder; arguments and errors are those of `load_embedding_model`."""
     enable_compilation_cache()
     chosen = dtypes.parse_dtype(dtype, dtypes.FLOAT_DTYPES)
-    settings = encoders.read_settings(path)
-    tokenizer = bpe.load_encoder_tokenizer(settings.folder, lowercase=settings.lowercase)
+    tokenizer = load_tokenizer(path)
     weights = hash_files(path)
     if chosen is None:
         chosen = _choose_dtype(id, path, tokenizer, weights, notify)
     params, cfg = bert.load(path, dtype=chosen)
-    check_vocabulary(tokenizer, cfg.vocab_size, path)
     activation, prompt = sentence_transformers.read_cross_encoder_settings(path)
     return RerankModel(
         id=id,

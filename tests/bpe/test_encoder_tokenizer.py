@@ -128,6 +128,26 @@ def test_byte_level_folder_adds_the_tokens_of_its_post_processor(tmp_path):
     assert bpe.load(folder).bos_id == 0
 
 
+def test_special_token_without_an_embedding_row_is_dropped(tmp_path):
+    """Bug: its id was looked up in the table, which returned the last row."""
+    folder = byte_level_folder(tmp_path, ROBERTA | {"cls": ["<S>", 0]})
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    far = spec["added_tokens"][0] | {"id": 259, "content": "<far>"}
+    path.write_text(json.dumps(spec | {"added_tokens": [*spec["added_tokens"], far]}))
+    assert bpe.load_encoder_tokenizer(folder).encode("<far>") == [0, 259, 2]
+    tokenizer = bpe.load_encoder_tokenizer(folder, num_rows=259)
+    assert tokenizer.encode("<far>") == [0, *(byte + 3 for byte in b"<far>"), 2]
+    assert len(tokenizer) == 259 and "<far>" not in tokenizer.special_tokens
+    for rows in (2, 200):  # without </s>, which is added to each text, or without bytes
+        with pytest.raises(ValueError, match=naming(folder, 259, rows)):
+            bpe.load_encoder_tokenizer(folder, num_rows=rows)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    with pytest.raises(ValueError, match=naming(folder, len(VOCAB) - 1, 3)):
+        bpe.load_encoder_tokenizer(folder, num_rows=3)
+
+
 def test_gguf_wordpiece_gives_ids_of_vocab_txt(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     path = tmp_path / "model.gguf"
