@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import sqlite_utils
+from llm.migrations import migrate
 
 FUNCTIONS = """
 def get_weather(city: str) -> str:
@@ -28,6 +30,8 @@ def llm(base_url, model, tmp_path):
 """
     )
     (tmp_path / "keys.json").write_text('{"pellucid": "any"}')
+    # Every command makes the tables of its log, also with `-n`, and those at the same time collide.
+    migrate(sqlite_utils.Database(tmp_path / "logs.db"))
 
     def run(*arguments, returncode=0):
         done = subprocess.run(
