@@ -127,7 +127,11 @@ def test_model_decides_to_call_a_tool(base_url, model, cities, judge):
             asked.append(city)
             return "It is sunny, 21 °C."
 
-        assert isinstance(weather.run_sync(f"What is the weather in {city}?").output, str)
+        try:
+            result = weather.run_sync(f"What is the weather in {city}?")
+        except UnexpectedModelBehavior:  # an answer without text, twice
+            return False
+        assert isinstance(result.output, str)
         return asked == [city]
 
     judge(is_right, cities)
