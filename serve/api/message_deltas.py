@@ -1,4 +1,4 @@
-"""From generated text to the deltas of a message: its content and its calls of tools."""
+"""From generated text to the deltas of a message: its content, reasoning and calls of tools."""
 
 import uuid
 from collections import deque
@@ -9,47 +9,74 @@ from serve.api.detokenize import FinishReason, TextDelta, TokenWithOffset
 from serve.api.generation import Choice
 from serve.api.tools import ToolSettings
 from serve.models.decoder import DecoderModel
-from serve.models.tool_calls import HERMES, CallPart, TextPart, ToolCallParser
+from serve.models.harmony import HarmonyParser, marker_ids
+from serve.models.tool_calls import HERMES, CallPart, ReasoningPart, TextPart, ToolCallParser
 
 
 class DeltaReader:
-    """Turn the text of one choice into the deltas of a message: content and calls of tools.
+    """Turn the text of one choice into the deltas of a message.
+
+    A delta has one of `content`, `tool_calls` (or `function_call`), and for models with channels
+    `reasoning_content`.
 
     Args:
         tools: The tools of the request.
         model: The model.
         is_streaming: Whether arguments are returned in pieces; see `ToolCallParser`.
+        is_continued: Whether the text continues the last message of the request.
     """
 
     def __init__(
-        self, tools: ToolSettings | None, model: DecoderModel, *, is_streaming: bool = True
+        self,
+        tools: ToolSettings | None,
+        model: DecoderModel,
+        *,
+        is_streaming: bool = True,
+        is_continued: bool = False,
     ):
         self._is_legacy = tools is not None and tools.is_legacy
-        self._parser = tools and ToolCallParser(
-            model.tool_notation or HERMES,
-            tools.allowed_names,
-            max_calls=tools.max_calls,
-            is_streaming=is_streaming,
-        )
+        self._parser: HarmonyParser | ToolCallParser | None = None
+        if model.has_channels:
+            self._parser = HarmonyParser(
+                tools.allowed_names if tools else (),
+                is_streaming=is_streaming,
+                is_continued=is_continued,
+            )
+            self._marker_ids = marker_ids(model.tokenizer.encoding)
+        elif tools is not None:
+            self._parser = ToolCallParser(
+                model.tool_notation or HERMES,
+                tools.allowed_names,
+                max_calls=tools.max_calls,
+                is_streaming=is_streaming,
+            )
         self._tokens: deque[TokenWithOffset] = deque()  # of text that the parser holds back
 
     def read(self, delta: TextDelta) -> Iterator[tuple[dict[str, Any], Sequence[TokenWithOffset]]]:
         """Yield the deltas of a message that a text delta completes, and the tokens of each.
 
-        The tokens of a call are not reported.
+        The tokens of reasoning and of calls are not reported.
         """
         if self._parser is None:
             if delta.text:
                 yield {"content": delta.text}, delta.tokens
             return
         self._tokens += delta.tokens
-        parts = self._parser.push(delta.text)
+        if isinstance(self._parser, HarmonyParser):
+            offsets = (item.offset for item in delta.tokens if item.token.id in self._marker_ids)
+            parts = self._parser.push(delta.text, offsets)
+        else:
+            parts = self._parser.push(delta.text)
         if delta.finish_reason:
             parts += self._parser.flush()
         for part in parts:
             match part:
-                case TextPart(text=text, offset=start):
+                case TextPart(text=text, offset=None):
+                    yield {"content": text}, ()
+                case TextPart(text=text, offset=int(start)):
                     yield {"content": text}, self._tokens_between(start, start + len(text))
+                case ReasoningPart(text=text):
+                    yield {"reasoning_content": text}, ()
                 case CallPart():
                     yield self._call(part), ()
 
@@ -86,19 +113,26 @@ class DeltaReader:
 
 
 def read_message(
-    choice: Choice, tools: ToolSettings | None, model: DecoderModel
+    choice: Choice,
+    tools: ToolSettings | None,
+    model: DecoderModel,
+    *,
+    is_continued: bool = False,
 ) -> tuple[dict[str, Any], list[TokenWithOffset], str]:
     """Return the message of a finished choice, the tokens of its content, and its finish reason."""
     assert choice.finish_reason is not None
-    reader = DeltaReader(tools, model, is_streaming=False)
-    text, tokens, calls = "", [], []
+    reader = DeltaReader(tools, model, is_streaming=False, is_continued=is_continued)
+    text, reasoning, tokens, calls = "", "", [], []
     whole = TextDelta(choice.text, tuple(choice.tokens), choice.finish_reason, len(choice.tokens))
     for delta, delta_tokens in reader.read(whole):
         text += delta.get("content", "")
+        reasoning += delta.get("reasoning_content", "")
         tokens += delta_tokens
         calls += delta.get("tool_calls", ())
         calls += [delta["function_call"]] if "function_call" in delta else ()
     message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
     if calls:
         message["content"] = text or None
     if calls and tools is not None and tools.is_legacy:

@@ -339,6 +339,7 @@ class Message(Body):
     tool_calls: list[MessageToolCall] = []
     tool_call_id: str | None = None
     function_call: CalledFunction | None = None
+    reasoning_content: str | None = None
 
 
 class FunctionDefinition(Body):

@@ -255,6 +255,7 @@ class ChatMessage(ResponseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | None = None  # of models that answer on channels
     tool_calls: list[ToolCall] | None = None
     function_call: FunctionCall | None = None  # for a request with `functions`
 
@@ -307,6 +308,7 @@ class ChatDelta(ResponseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
     function_call: FunctionCallDelta | None = None
 

@@ -17,6 +17,7 @@ from serve.api.errors import APIError, missing_parameter, unsupported
 from serve.api.requests import GenerationBody
 from serve.models.decoder import DecoderModel
 from serve.models.grammar import CompiledGrammar, GrammarSource
+from serve.models.harmony import final_grammar
 from transformer.engine import GrammarError
 
 ANY_OBJECT = GrammarSource.from_schema({"type": "object"})
@@ -25,9 +26,14 @@ _UNSUPPORTED_KEYWORDS = ("dependencies", "additionalItems", "$recursiveRef", "di
 
 
 def compile_output_grammar(
-    body: GenerationBody, model: DecoderModel
+    body: GenerationBody, model: DecoderModel, *, is_message: bool = False
 ) -> tuple[str, CompiledGrammar] | None:
     """Return the field of a request that sets the output format, and its compiled grammar.
+
+    Args:
+        body: the request.
+        model: the model.
+        is_message: whether the format is that of the final message of harmony, not of all text.
 
     Returns:
         The path of the field, for messages, and the grammar; None for free text.
@@ -39,7 +45,10 @@ def compile_output_grammar(
     if (output := output_source(body)) is None:
         return None
     param, source = output
-    return param, compile_grammar(param, source, model)
+    compiled = compile_grammar(param, source, model)
+    if is_message:
+        compiled = compile_grammar(param, final_grammar(source, model.tokenizer.encoding), model)
+    return param, compiled
 
 
 def output_source(body: GenerationBody) -> tuple[str, GrammarSource] | None:

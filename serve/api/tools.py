@@ -24,7 +24,8 @@ from serve.api.requests import ChatBody, FunctionDefinition, FunctionName, Messa
 from serve.api.structured_output import checked_schema, compile_grammar, output_source
 from serve.models.decoder import DecoderModel
 from serve.models.grammar import CompiledGrammar, GrammarSource
-from serve.models.tool_calls import HERMES, MISTRAL, MISTRAL11, Notation, tool_grammar
+from serve.models.harmony import harmony_grammar
+from serve.models.tool_calls import HARMONY, HERMES, MISTRAL, MISTRAL11, Notation, tool_grammar
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 ANY_ARGUMENTS = {"type": "object"}
@@ -175,15 +176,8 @@ def compile_tools(
     arguments are limited to JSON objects.
 
     Raises:
-        APIError: 400 for a schema that has an error, is not supported, or is too large, and for a
-            model that cannot call tools.
+        APIError: 400 for a schema that has an error, is not supported, or is too large.
     """
-    if model.tools is None:
-        raise unsupported(
-            settings.param,
-            [],
-            "Its chat template has the harmony notation, which is not implemented.",
-        )
     answer = output_source(body)
     answer_schema = None
     if answer is not None:
@@ -201,14 +195,23 @@ def compile_tools(
             function.name: _argument_schema(settings, function, model, is_checked=is_checked)
             for function in settings.allowed
         }
-        grammar = tool_grammar(
-            model.tool_notation or HERMES,
-            schemas,
-            model.tokenizer.encoding,
-            is_required=settings.is_required,
-            max_calls=settings.max_calls,
-            answer_schema=answer_schema,
-        )
+        if model.has_channels:
+            grammar = harmony_grammar(
+                schemas,
+                model.tokenizer.encoding,
+                is_required=settings.is_required,
+                answer_schema=answer_schema,
+                is_continued=body.continue_final_message,
+            )
+        else:
+            grammar = tool_grammar(
+                model.tool_notation or HERMES,
+                schemas,
+                model.tokenizer.encoding,
+                is_required=settings.is_required,
+                max_calls=settings.max_calls,
+                answer_schema=answer_schema,
+            )
         return compile_grammar(settings.param, grammar, model)
 
     try:
@@ -271,6 +274,8 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         rendered = {"role": message.role, "content": _text_content(message, path, is_optional)}
         if message.name is not None:
             rendered["name"] = message.name
+        if message.role == "assistant" and message.reasoning_content:
+            rendered["reasoning_content"] = message.reasoning_content
         if message.role == "tool":
             if (id := message.tool_call_id) is None:
                 raise missing_parameter(f"{path}.tool_call_id")
@@ -392,6 +397,8 @@ def prompt_with_tools(
         return messages, None
     if notation in (MISTRAL, MISTRAL11):
         messages = [_with_short_ids(message) for message in messages]
+    if notation is HARMONY:
+        messages = _with_single_calls(messages)
     tools = [{"type": "function", "function": definition} for definition in definitions]
     return messages, tools or None
 
@@ -440,6 +447,31 @@ def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
             call | {"id": _short_id(call["id"])} for call in message["tool_calls"]
         ]
     return message
+
+
+def _with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages for the template of gpt-oss, which renders one call of a message.
+
+    It writes the name of the last call before a result, so each call is followed by its results. It
+    refuses content beside the reasoning of a call, and renders either as reasoning.
+    """
+    result: list[dict[str, Any]] = []
+    placed: set[int] = set()  # indexes of results that follow their call
+    for index, message in enumerate(messages):
+        calls = message.get("tool_calls", ())
+        if not calls and index not in placed:
+            result.append(message)
+        for number, call in enumerate(calls):
+            texts = [message.get("reasoning_content"), message["content"]] if number == 0 else []
+            text = "\n".join(filter(None, texts))
+            result.append({"role": "assistant", "content": text, "tool_calls": [call]})
+            for at, later in enumerate(messages[index + 1 :], index + 1):
+                if later["role"] == "assistant":
+                    break
+                if later.get("tool_call_id") == call["id"] and at not in placed:
+                    placed.add(at)
+                    result.append(later)
+    return result
 
 
 def _short_id(id: str) -> str:

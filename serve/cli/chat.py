@@ -46,7 +46,7 @@ def chat(
             )
             return
         prompt_ids = local_completion.chat_prompt(served, conversation.messages(question))
-        reply = local_completion.LocalCompletion(served, prompt_ids, options)
+        reply = local_completion.LocalCompletion(served, prompt_ids, options, is_chat=True)
         local_completion.print_completion(
             served, reply, "chat.completion", seconds, stats=stats, json=json
         )

@@ -48,8 +48,21 @@ class LocalCompletion:
         decode_seconds: the time from the first token to the last.
     """
 
-    def __init__(self, model: "DecoderModel", prompt: Sequence[int], options: Options):
+    def __init__(
+        self,
+        model: "DecoderModel",
+        prompt: Sequence[int],
+        options: Options,
+        *,
+        is_chat: bool = False,
+    ):
         """Check that the prompt and the completion fit into the context of the model.
+
+        Args:
+            model: the model.
+            prompt: the token ids to continue.
+            options: the sampling options.
+            is_chat: whether the text is the content of a message, without reasoning on a channel.
 
         Raises:
             DoesNotFit: they do not fit.
@@ -80,7 +93,7 @@ class LocalCompletion:
             )
         except (TypeError, ValueError) as error:
             raise WrongUsage(str(error)) from None
-        self._model, self._stop = model, options.stop
+        self._model, self._stop, self._is_chat = model, options.stop, is_chat
         self.text, self.prompt_tokens, self.completion_tokens = "", len(prompt), 0
         self.finish_reason, self.seed = "cancelled", seed
         self.first_token_seconds: float | None = None
@@ -93,9 +106,11 @@ class LocalCompletion:
             Failure: the engine failed.
         """
         from serve.api.detokenize import Detokenizer
+        from serve.api.message_deltas import DeltaReader
         from transformer.engine import Failed
 
         detokenizer = Detokenizer(self._model.tokenizer.encoding, self._stop)
+        reader = DeltaReader(None, self._model) if self._is_chat else None
         started = time.perf_counter()
         with contextlib.closing(self._model.engine.generate(self._request)) as events:
             for event in events:
@@ -108,9 +123,12 @@ class LocalCompletion:
                     self.first_token_seconds = self.first_token_seconds or elapsed
                     self.decode_seconds = elapsed - self.first_token_seconds
                 self.completion_tokens = delta.num_generated
-                if delta.text:
-                    self.text += delta.text
-                    yield delta.text
+                text = delta.text
+                if reader is not None:
+                    text = "".join(fields.get("content", "") for fields, _ in reader.read(delta))
+                if text:
+                    self.text += text
+                    yield text
                 if delta.finish_reason:
                     self.finish_reason = delta.finish_reason
                     return

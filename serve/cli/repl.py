@@ -177,7 +177,7 @@ def _ask(
     """Answer a question, and add question and answer to the conversation unless that fails."""
     try:
         prompt = local_completion.chat_prompt(model, conversation.messages(question))
-        reply = local_completion.LocalCompletion(model, prompt, conversation.options)
+        reply = local_completion.LocalCompletion(model, prompt, conversation.options, is_chat=True)
         with contextlib.suppress(KeyboardInterrupt):
             for text in reply:
                 console.write(text, end="")

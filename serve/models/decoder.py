@@ -26,7 +26,7 @@ from serve.models.spec import (
     ToolSupport,
     stamp_of,
 )
-from serve.models.tool_calls import Notation, detect_notation, is_harmony
+from serve.models.tool_calls import HARMONY, Notation, detect_notation
 from transformer import checkpoint, lora
 from transformer.checkpoint import Dtype
 from transformer.checkpoint.gguf import split_files
@@ -86,6 +86,11 @@ class DecoderModel:
     def tool_notation(self) -> Notation | None:
         """Return the notation for tool calls that the chat template has; None for none of ours."""
         return detect_notation(self.tokenizer.chat_template)
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether answers are messages on channels; see `harmony.py`."""
+        return self.tool_notation is HARMONY
 
     @functools.cached_property
     def tools(self) -> ToolSupport | None:
@@ -357,7 +362,7 @@ def chat_template_of_gguf(metadata: Mapping[str, Any]) -> bpe.ChatTemplate | Non
 
 def tool_support(template: bpe.ChatTemplate | None) -> ToolSupport | None:
     """Return how a model with this chat template calls tools; None if it cannot call tools."""
-    if template is None or is_harmony(template):
+    if template is None:
         return None
     return "prompted" if detect_notation(template) is None else "trained"
 

@@ -49,10 +49,12 @@ class GrammarSource:
         format: "json_schema"; "regex", in the syntax of Rust's regex crate; "lark", in llguidance's
             variant of Lark; or "grammar", in that or in GBNF.
         text: the grammar.
+        frame: a grammar in Lark of the text around it, which names it `@output`; empty for none.
     """
 
     format: GrammarFormat
     text: str
+    frame: str = ""
 
     @classmethod
     def from_schema(cls, schema: Mapping[str, Any]) -> GrammarSource:
@@ -174,6 +176,11 @@ class GrammarCompiler:
                 grammar = llguidance.grammar_from(source.format, source.text)
         except ValueError as error:  # no JSON object, nested too deep, or invalid GBNF
             raise GrammarError(str(error)) from None
+        if source.frame:
+            is_json = source.format in ("json_schema", "regex")
+            inner = json.loads(grammar)["grammars"][0] if is_json else {"lark_grammar": grammar}
+            outer = {"lark_grammar": source.frame}
+            grammar = json.dumps({"grammars": [outer, inner | {"name": "output"}]})
         compiled = CompiledGrammar(
             llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS),
             self._tokenizer.vocab_size,

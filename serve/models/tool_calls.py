@@ -6,10 +6,12 @@ A model calls a tool by writing its name and arguments in the notation that it w
     llama3     {"name": "add", "parameters": {"a": 1}}      Llama 3, optionally after <|python_tag|>
     mistral    [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]                 Mistral Nemo
     mistral11  [TOOL_CALLS]add[ARGS]{"a": 1}                                        Devstral
+    harmony    <|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}  gpt-oss
 
 A chat template says which one by the way it renders a call (`detect_notation`). `ToolCallParser`
 finds calls in generated text as it arrives. `tool_grammar` limits generated text to well-formed
-calls of known tools. The notation of gpt-oss (harmony) is not implemented.
+calls of known tools. `serve/models/harmony.py` has both for harmony, which is more than a notation
+of calls.
 """
 
 from __future__ import annotations
@@ -106,15 +108,23 @@ MISTRAL11 = Notation(
     between="",
 )
 NOTATIONS = (HERMES, LLAMA3, MISTRAL, MISTRAL11)
+HARMONY = Notation(  # not read by `ToolCallParser`
+    name="harmony",
+    trigger="<|channel|>",
+    start="<|channel|>commentary to=functions.",
+    before_name="",
+    before_arguments=" <|constrain|>json<|message|>",
+    end="<|call|>",
+)
 
 
 def detect_notation(template: ChatTemplate | None) -> Notation | None:
-    """Return the notation of a chat template, or None if it has none of `NOTATIONS`.
+    """Return the notation of a chat template: `HARMONY`, one of `NOTATIONS`, or None.
 
     The template renders a conversation with a tool and a call of it. It has a notation if the
     prompt names the tool, and the notation's parser finds the call.
     """
-    if template is None or is_harmony(template):
+    if template is None:
         return None
     name, schema = "probed_tool", {"type": "object", "properties": {"key": {"type": "string"}}}
     tool = {"name": name, "description": "A tool.", "parameters": schema}
@@ -132,17 +142,15 @@ def detect_notation(template: ChatTemplate | None) -> Notation | None:
         return None
     if name not in prompt:
         return None
+    answer = conversation.removeprefix(prompt)
+    if f"to=functions.{name}" in answer and "<|channel|>commentary" in answer:
+        return HARMONY
     for notation in NOTATIONS:
-        answer = conversation if notation.trigger else conversation.removeprefix(prompt)
-        parts = ToolCallParser(notation, [name]).push(answer)
+        text = conversation if notation.trigger else answer
+        parts = ToolCallParser(notation, [name]).push(text)
         if any(isinstance(part, CallPart) for part in parts):
             return notation
     return None
-
-
-def is_harmony(template: ChatTemplate) -> bool:
-    """Return whether a chat template has the notation of gpt-oss, which is not implemented."""
-    return "<|channel|>commentary" in template.source
 
 
 # --- parsing ----------------------------------------------------------------------------------
@@ -150,10 +158,20 @@ def is_harmony(template: ChatTemplate) -> bool:
 
 @dataclass(frozen=True)
 class TextPart:
-    """Generated text that is not part of a call, and its offset in the whole text."""
+    """Generated text that is not part of a call, and its offset in the whole text.
+
+    The offset is None for a line break that the model did not generate.
+    """
 
     text: str
-    offset: int
+    offset: int | None
+
+
+@dataclass(frozen=True)
+class ReasoningPart:
+    """Generated text of the reasoning before an answer."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -171,7 +189,7 @@ class CallPart:
     arguments: str = ""
 
 
-Part = TextPart | CallPart
+Part = TextPart | ReasoningPart | CallPart
 
 
 class ToolCallParser:
@@ -205,7 +223,7 @@ class ToolCallParser:
         self._can_be_bare = notation.is_bare_allowed  # until there is text, or a call in a block
         self._form = ""  # of the last call: "block", "bare" or "fenced"
         self._is_after_call = False  # whether only white space has followed the last call
-        self._scanner = _ObjectScanner()
+        self._scanner = ObjectScanner()
         # The last call, if it is not streamed: its name, arguments, text and offset.
         self._name = self._arguments = self._call_text = ""
         self._call_offset = 0
@@ -268,7 +286,7 @@ class ToolCallParser:
         self._can_be_bare = self._can_be_bare and self._form != "block"
         self._name, self._arguments = groups["name"], ""
         self._call_offset, self._call_text = self._offset, self._take(len(match[0]))
-        self._state, self._scanner, self._is_after_call = "arguments", _ObjectScanner(), False
+        self._state, self._scanner, self._is_after_call = "arguments", ObjectScanner(), False
         if self._is_streaming:
             yield self._call()
 
@@ -314,7 +332,7 @@ class ToolCallParser:
         return text
 
 
-class _ObjectScanner:
+class ObjectScanner:
     """Finds the end of a JSON object by its braces and strings."""
 
     def __init__(self) -> None:
@@ -414,7 +432,7 @@ def tool_grammar(
         answer_schema: the JSON schema of an answer without calls; None for any text. With a schema,
             no text comes before a call.
     """
-    literal = functools.partial(_literal, encoding=encoding)
+    literal = functools.partial(lark_literal, encoding=encoding)
     can_repeat = max_calls != 1 and notation.has_parallel_calls
 
     def repeated(rule: str, separator: str | None) -> str:
@@ -467,7 +485,7 @@ def tool_grammar(
     return GrammarSource("lark", "\n".join(rules))
 
 
-def _literal(text: str, encoding: Encoding) -> str:
+def lark_literal(text: str, encoding: Encoding) -> str:
     """Return a text in Lark, with special tokens of the vocabulary as their ids."""
     specials = sorted((s for s in encoding.special_tokens_set if s in text), key=len, reverse=True)
     parts = regex.split(f"({'|'.join(map(regex.escape, specials))})", text) if specials else [text]

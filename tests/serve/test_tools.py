@@ -66,7 +66,6 @@ def models():
         "hermes": TOOL_TEMPLATE,
         "prompted": TEMPLATE,
         "mistral": MISTRAL_TEMPLATE,
-        "harmony": TEMPLATE + "{# <|channel|>commentary #}",
     }
     return {
         name: replace(scripted.model(name, source, ENCODING), context=2048)
@@ -471,19 +470,12 @@ def test_tools_that_cannot_be_used_return_400_naming_the_field(ask, param, code,
     assert ask(CALL_ADD).finish_reason == "tool_calls"  # the server goes on
 
 
-def test_tools_of_model_with_harmony_template_are_refused(ask):
-    with pytest.raises(openai.BadRequestError) as error:
-        ask("", model="harmony")
-    assert (error.value.param, error.value.code) == ("tools", "unsupported_value")
-
-
 def test_model_list_says_how_models_call_tools(client):
     tools = {model.id: model.tools for model in client.models.list()}
     assert tools == {
         "hermes": "trained",
         "prompted": "prompted",
         "mistral": "trained",
-        "harmony": None,
     }
 
 

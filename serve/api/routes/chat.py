@@ -4,6 +4,7 @@ The model's chat template turns the messages into a prompt. Special tokens spell
 are encoded as plain text. Without `max_tokens` the answer may fill the rest of the context.
 
 The calls of tools in an answer are found by a parser as the text arrives; see `serve/api/tools.py`.
+So is the reasoning of models that answer on channels (gpt-oss).
 The models take no images or audio.
 """
 
@@ -37,6 +38,7 @@ from serve.api.requests import ChatBody, FunctionDefinition, read_json, report_u
 from serve.api.responses import ChatChunk, ChatCompletion
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model
+from serve.api.structured_output import compile_output_grammar
 from serve.api.tools import (
     ToolSettings,
     compile_tools,
@@ -95,7 +97,9 @@ def _choice(
     index: int, choice: Choice, body: ChatBody, tools: ToolSettings | None, model: DecoderModel
 ) -> dict[str, Any]:
     """Return a finished choice in OpenAI's shape."""
-    message, tokens, finish_reason = read_message(choice, tools, model)
+    message, tokens, finish_reason = read_message(
+        choice, tools, model, is_continued=body.continue_final_message
+    )
     return {
         "index": index,
         "message": message,
@@ -132,13 +136,15 @@ async def _chunks(
     async with aclosing(generation.text_deltas()) as deltas:
         async for index, delta in deltas:
             if (reader := readers.get(index)) is None:
-                reader = readers[index] = DeltaReader(tools, generation.model)
+                reader = readers[index] = DeltaReader(
+                    tools, generation.model, is_continued=body.continue_final_message
+                )
                 if tools is None:
                     yield chunk(index, {"role": "assistant", "content": ""})
             parts = list(reader.read(delta))
             if tools is not None and index not in started and (parts or delta.finish_reason):
                 started.add(index)
-                is_call = bool(parts) and "content" not in parts[0][0]
+                is_call = bool(parts) and not parts[0][0].keys() & {"content", "reasoning_content"}
                 yield chunk(index, {"role": "assistant", "content": None if is_call else ""})
             for fields, tokens in parts:
                 logprobs = _logprobs(body, encoding, tokens) if "content" in fields else None
@@ -194,7 +200,11 @@ def _build_generation(
     prompts = [
         Prompt(token_ids=token_ids, max_tokens=max_tokens, prompt_logprobs=body.prompt_logprobs)
     ]
-    output_grammar = compile_tools(tools, body, model) if tools else None
+    if tools:
+        output_grammar = compile_tools(tools, body, model)
+    else:
+        is_message = model.has_channels and not body.continue_final_message
+        output_grammar = compile_output_grammar(body, model, is_message=is_message)
     return Generation(
         model,
         prompts,

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from serve.api.context_window import EDIT_WORDING, resolve_max_tokens
 from serve.api.generation import Generation, Prompt
+from serve.api.message_deltas import read_message
 from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import GenerationBody, read_json
@@ -60,7 +61,7 @@ async def create_edit(request: Request) -> Response:
             "created": int(time.time()),
             "choices": [
                 {
-                    "text": choice.text,
+                    "text": read_message(choice, None, model)[0]["content"],
                     "index": index,
                     "logprobs": None,
                     "finish_reason": choice.finish_reason,
