@@ -35,6 +35,7 @@ class DeltaReader:
         is_continued: bool = False,
     ):
         self._is_legacy = tools is not None and tools.is_legacy
+self._is_required = tools is not None and tools.is_required
         self._parser: HarmonyParser | ToolCallParser | None = None
         if model.has_channels:
             self._parser = HarmonyParser(
@@ -48,6 +49,7 @@ class DeltaReader:
                 model.tool_notation or HERMES,
                 tools.allowed_names,
                 max_calls=tools.max_calls,
+                is_bare_allowed=not tools.has_answer_format,
                 is_streaming=is_streaming,
             )
         self._tokens: deque[TokenWithOffset] = deque()  # of text that the parser holds back
@@ -67,8 +69,11 @@ class DeltaReader:
             parts = self._parser.push(delta.text, offsets)
         else:
             parts = self._parser.push(delta.text)
-        if delta.finish_reason:
+        if delta.finish_reason and isinstance(self._parser, HarmonyParser):
             parts += self._parser.flush()
+        elif delta.finish_reason:
+            is_cut = delta.finish_reason == "length" or self._is_required
+            parts += self._parser.flush(is_cut=is_cut)
         for part in parts:
             match part:
                 case TextPart(text=text, offset=None):

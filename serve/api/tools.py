@@ -52,6 +52,7 @@ class ToolSettings:
         allowed: the functions that can be called: `functions` or some of them.
         is_required: whether the answer must be a call.
         max_calls: 1 for one call, None for any number.
+        has_answer_format: whether an answer that is no call has a format.
     """
 
     param: Literal["tools", "functions"]
@@ -59,6 +60,7 @@ class ToolSettings:
     allowed: tuple[FunctionDefinition, ...]
     is_required: bool
     max_calls: int | None
+    has_answer_format: bool
 
     @property
     def is_legacy(self) -> bool:
@@ -112,6 +114,7 @@ def read_tools(body: ChatBody) -> ToolSettings | None:
         tuple(function for function in functions if function.name in allowed),
         is_required=mode == "required",
         max_calls=max_calls,
+        has_answer_format=body.response_format.type != "text",
     )
 
 

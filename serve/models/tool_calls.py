@@ -202,6 +202,8 @@ class ToolCallParser:
         notation: the notation of the calls.
         names: the names of the tools that can be called.
         max_calls: the maximum number of calls; further calls are text. None for no limit.
+        is_bare_allowed: whether a call may be the whole answer if the notation has a trigger and
+            allows it. If an answer has a format, a document with the keys of a call is no call.
         is_streaming: whether to return arguments in pieces. If not, they are returned when they are
             complete, and a call whose arguments are not valid JSON is text.
     """
@@ -212,15 +214,18 @@ class ToolCallParser:
         names: Sequence[str],
         *,
         max_calls: int | None = None,
+        is_bare_allowed: bool = True,
         is_streaming: bool = True,
     ):
         self._max_calls = max_calls if notation.has_parallel_calls else 1
         self._is_streaming = is_streaming
+        self._trigger = notation.trigger
         self._patterns = _patterns(notation, tuple(names))
         # Text that is not returned yet, and its offset in the whole text.
         self._buffer, self._offset = "", 0
         self._state: Literal["text", "arguments", "tail"] = "text"
-        self._can_be_bare = notation.is_bare_allowed  # until there is text, or a call in a block
+        # Until there is text, or a call in a block.
+        self._can_be_bare = notation.is_bare_allowed and (is_bare_allowed or not notation.trigger)
         self._form = ""  # of the last call: "block", "bare" or "fenced"
         self._is_after_call = False  # whether only white space has followed the last call
         self._scanner = ObjectScanner()
@@ -251,12 +256,19 @@ class ToolCallParser:
                 break  # the rest is held back
         return parts
 
-    def flush(self) -> list[Part]:
+    def flush(self, *, is_cut: bool = False) -> list[Part]:
         """End the text, and return what was held back.
 
-        Arguments that were cut are returned as far as they were generated.
+        Arguments that were cut are returned as far as they were generated. A call that was cut
+        before its arguments is dropped.
+
+        Args:
+            is_cut: whether the text is incomplete, so that the beginning of a call in it is a call.
         """
         if self._state == "text" and not self._is_after_call:
+            is_opened = bool(self._trigger) and self._trigger in self._buffer
+            if is_opened or (is_cut and self._buffer.strip()):
+                return []
             return list(self._text(len(self._buffer)))
         if self.is_in_arguments and not self._is_streaming:
             return [self._call()]

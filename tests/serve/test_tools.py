@@ -198,10 +198,52 @@ def test_cut_call_keeps_its_arguments_and_finish_reason_length(ask, stream):
     assert (arguments, reason) == ('{"a"', "length")
 
 
-def test_call_cut_before_its_arguments_is_text(ask):
-    choice = ask(CALL_ADD, max_tokens=9)
-    assert choice.message.content == '<tool_call>\n{"name"'[:20][: len("<tool_call>") + 8]
-    assert choice.message.tool_calls is None and choice.finish_reason == "length"
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "fields", "content"),
+    [
+        (CALL_ADD, {"tool_choice": "required"}, ""),
+        (CALL_ADD, {}, ""),
+        (CALL_ADD, {"model": "prompted", "tool_choice": "required"}, ""),
+        (CALL_ADD, {"functions": FUNCTIONS}, ""),
+        (f"Yes. {CALL_ADD}", {}, "Yes."),
+        ('{"name": "add", "arguments": {}}', {}, ""),
+        ('[TOOL_CALLS][{"name": "add", "arguments": {}}]', {"model": "mistral"}, ""),
+    ],
+)
+def test_call_cut_before_its_arguments_is_dropped(ask, answer, fields, content, stream):
+    """Regression: the beginning of a call, `<tool_call>` with half a name, was in the content."""
+    start = answer.index(content) + len(content)
+    for max_tokens in range(start + 2, answer.index('": {') - 12, 7):
+        result = ask(answer, max_tokens=max_tokens, stream=stream, **fields)
+        choices = [chunk.choices[0] for chunk in result] if stream else [result]
+        messages = [choice.delta if stream else choice.message for choice in choices]
+        assert "".join(message.content or "" for message in messages) == content
+        assert not any(message.tool_calls or message.function_call for message in messages)
+        assert choices[-1].finish_reason == "length"
+
+
+def test_call_cut_by_a_stop_string_is_dropped(ask):
+    choice = ask(f"Yes. {CALL_ADD}", stop='name"')
+    assert (choice.message.content, choice.message.tool_calls) == ("Yes.", None)
+    assert choice.finish_reason == "stop"
+
+
+def test_text_cut_at_max_tokens_keeps_its_white_space(ask):
+    assert ask("Yes.\n\nNo.", max_tokens=6).message.content == "Yes.\n\n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_document_with_the_keys_of_a_call_is_content_if_the_answer_has_a_format(ask, stream):
+    """Regression: beside tools, such a document of `response_format` became a call."""
+    document = '{"name": "now", "arguments": {}}'
+    fields = {"response_format": {"type": "json_object"}, "stream": stream}
+    result = ask(document, **fields)
+    messages = [chunk.choices[0].delta for chunk in result] if stream else [result.message]
+    assert "".join(message.content or "" for message in messages) == document
+    assert not any(message.tool_calls for message in messages)
+    result = ask(CALL_NOW, **fields)
+    assert (result[-1].choices[0] if stream else result).finish_reason == "tool_calls"
 
 
 def test_logprobs_list_the_tokens_of_the_text_only(ask):
