@@ -35,7 +35,7 @@ class DeltaReader:
         is_continued: bool = False,
     ):
         self._is_legacy = tools is not None and tools.is_legacy
-self._is_required = tools is not None and tools.is_required
+        self._is_required = tools is not None and tools.is_required
         self._parser: HarmonyParser | ToolCallParser | None = None
         if model.has_channels:
             self._parser = HarmonyParser(

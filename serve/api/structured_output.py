@@ -11,7 +11,9 @@ as in xgrammar's strict mode: small models otherwise invent properties until `ma
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 from serve.api.errors import APIError, missing_parameter, unsupported
 from serve.api.requests import GenerationBody
@@ -21,8 +23,14 @@ from serve.models.harmony import final_grammar
 from transformer.engine import GrammarError
 
 ANY_OBJECT = GrammarSource.from_schema({"type": "object"})
-# Keywords of older drafts that restrict documents. llguidance takes them for annotations.
-_UNSUPPORTED_KEYWORDS = ("dependencies", "additionalItems", "$recursiveRef", "disallow", "extends")
+# Keywords of drafts 3 and 4 that restrict documents. llguidance takes them for annotations.
+_OLD_KEYWORDS = ("disallow", "divisibleBy", "extends")
+# The bounds of OpenAPI's formats for integers. 64 bits are more than llguidance can bound.
+_INTEGER_FORMATS: dict[str, dict[str, int]] = {
+    **{f"int{n}": {"minimum": -(2 ** (n - 1)), "maximum": 2 ** (n - 1) - 1} for n in (8, 16, 32)},
+    **{f"uint{n}": {"minimum": 0, "maximum": 2**n - 1} for n in (8, 16, 32)},
+    "uint64": {"minimum": 0},
+}
 
 
 def compile_output_grammar(
@@ -112,13 +120,61 @@ def checked_schema(param: str, schema: Any) -> dict[str, Any]:
         raise grammar_error(param, "expected a JSON schema, which is an object")
     subschemas = list(_subschemas(schema))
     for subschema in subschemas:
-        for keyword in _UNSUPPORTED_KEYWORDS:
-            if keyword in subschema:
-                raise grammar_error(param, f"the keyword '{keyword}' is not supported")
+        if (keyword := _unsupported_keyword(subschema)) is not None:
+            raise grammar_error(param, f"the keyword '{keyword}' is not supported in this form")
+        if _is_endless(subschema, schema):
+            raise grammar_error(param, f"the '$ref' {subschema['$ref']!r} refers to itself")
     # The branches of an allOf add properties to each other, so they stay open.
-    if not any("allOf" in subschema for subschema in subschemas):
-        schema = _close_objects(schema)
-    return schema
+    has_all_of = any("allOf" in subschema for subschema in subschemas)
+    schema = _normalize(schema, closes_objects=not has_all_of)
+    return {keyword: value for keyword, value in schema.items() if keyword != "x-guidance"}
+
+
+def _unsupported_keyword(schema: dict[str, Any]) -> str | None:
+    """Return a keyword that restricts documents but that llguidance would ignore, or None."""
+    for keyword in _OLD_KEYWORDS:
+        if keyword in schema:
+            return keyword
+    if "additionalItems" in schema and not isinstance(schema.get("items"), list):
+        return "additionalItems"  # it restricts the items after those of a list
+    if schema.get("nullable", False) is not False and not (
+        schema["nullable"] is True and isinstance(schema.get("type"), str | list)
+    ):
+        return "nullable"  # OpenAPI defines it for schemas with a type
+    if schema.get("format") == "unknown" or (
+        _integer_bounds(schema) and "number" in _types(schema)
+    ):
+        return "format"
+    properties = schema.get("properties")
+    for child in properties.values() if isinstance(properties, dict) else ():
+        if isinstance(child, dict) and isinstance(child.get("required"), bool):
+            return "required"  # of draft 3
+    return None
+
+
+def _is_endless(schema: dict[str, Any], root: dict[str, Any]) -> bool:
+    """Return whether the `$ref` of a schema leads through other `$ref`s only, back to one of them.
+
+    Args:
+        schema: the schema.
+        root: the whole document, in which `#/...` points to a value.
+    """
+    seen: set[str] = set()
+    value: Any = schema
+    while isinstance(value, dict) and isinstance(ref := value.get("$ref"), str):
+        if ref in seen:
+            return True
+        seen.add(ref)
+        value = root if ref == "#" or ref.startswith("#/") else None
+        for part in ref.split("/")[1:]:
+            key = unquote(part).replace("~1", "/").replace("~0", "~")
+            value = value.get(key) if isinstance(value, dict) else None
+    return False
+
+
+def _types(schema: dict[str, Any]) -> list[Any]:
+    types = schema.get("type", [])
+    return types if isinstance(types, list) else [types]
 
 
 def _sources(body: GenerationBody) -> Iterator[tuple[str, GrammarSource]]:
@@ -131,11 +187,10 @@ def _sources(body: GenerationBody) -> Iterator[tuple[str, GrammarSource]]:
             else:
                 yield "response_format", ANY_OBJECT
         case "json_schema":
-            param = "response_format.json_schema"
             if (wrapper := response_format.json_schema) is None:
-                raise missing_parameter(param)
-            schema = wrapper.json_schema
-            yield param, schema_source(f"{param}.schema", schema) if schema else ANY_OBJECT
+                raise missing_parameter("response_format.json_schema")
+            param, schema = "response_format.json_schema.schema", wrapper.json_schema
+            yield param, schema_source(param, schema) if schema else ANY_OBJECT
     if response_format.object_schema and response_format.type != "json_object":
         raise APIError(
             400,
@@ -171,13 +226,20 @@ def _children(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the name of each keyword whose value contains schemas, and the value."""
     for keyword in (
         "properties", "patternProperties", "$defs", "definitions", "items", "prefixItems",
-        "additionalProperties", "anyOf", "oneOf", "allOf",
+        "additionalProperties", "additionalItems", "anyOf", "oneOf", "allOf",
+        "components", "schemas",  # OpenAPI: `components` contains `schemas`
     ):  # fmt: skip
         if isinstance(value := schema.get(keyword), dict | list):
             yield keyword, value
 
 
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # from a name to a schema
+_MAPS = (
+    "properties",
+    "patternProperties",
+    "$defs",
+    "definitions",
+    "schemas",
+)  # from a name to a schema
 
 
 def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
@@ -192,18 +254,46 @@ def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
             yield from _subschemas(child)
 
 
-def _close_objects(schema: Any) -> Any:
-    """Return a schema in which objects with `properties` allow no other properties by default."""
+def _normalize(schema: Any, *, closes_objects: bool) -> Any:
+    """Return a schema that means the same with the keywords of llguidance.
+
+    - `nullable`, of OpenAPI 3.0, adds the type "null".
+    - Formats for integers of OpenAPI are bounds; other formats for numbers restrict nothing.
+    - The format "password" and `uniqueItems: false` restrict nothing.
+
+    Args:
+        schema: the schema, which `_unsupported_keyword` has checked.
+        closes_objects: whether objects with `properties` allow no other properties by default.
+    """
     if not isinstance(schema, dict):
         return schema
-    closed = dict(schema)
+    normalize = partial(_normalize, closes_objects=closes_objects)
+    result = dict(schema)
     for keyword, value in _children(schema):
         if keyword in _MAPS and isinstance(value, dict):
-            closed[keyword] = {name: _close_objects(child) for name, child in value.items()}
+            result[keyword] = {name: normalize(child) for name, child in value.items()}
         elif isinstance(value, list):
-            closed[keyword] = [_close_objects(child) for child in value]
+            result[keyword] = [normalize(child) for child in value]
         else:
-            closed[keyword] = _close_objects(value)
-    if "properties" in schema and not schema.keys() & {"additionalProperties", "patternProperties"}:
-        closed["additionalProperties"] = False
-    return closed
+            result[keyword] = normalize(value)
+    limits_others = schema.keys() & {"additionalProperties", "patternProperties"}
+    if closes_objects and "properties" in schema and not limits_others:
+        result["additionalProperties"] = False
+    if result.pop("nullable", False):
+        result["type"] = list(dict.fromkeys([*_types(schema), "null"]))
+    if schema.get("uniqueItems") is False:
+        del result["uniqueItems"]
+    if schema.get("format") == "password":
+        del result["format"]
+    if "integer" in _types(schema):
+        for keyword, bound in _integer_bounds(schema).items():
+            nearer = max if keyword == "minimum" else min
+            if isinstance(own := schema.get(keyword, bound), int | float):
+                result[keyword] = nearer(own, bound)
+    return result
+
+
+def _integer_bounds(schema: dict[str, Any]) -> dict[str, int]:
+    """Return the bounds of the `format` of a schema, if it is one for integers."""
+    format = schema.get("format")
+    return _INTEGER_FORMATS.get(format, {}) if isinstance(format, str) else {}

@@ -23,6 +23,7 @@ SCHEMA = {
     },
     "required": ["size", "count", "tags"],
 }
+CONTRADICTION = {"type": "object", "properties": {"a": False}, "required": ["a"]}
 MESSAGES = [{"role": "user", "content": "How many?"}]
 
 
@@ -158,12 +159,16 @@ def test_rows_with_and_without_schema_in_one_batch_equal_rows_alone(client):
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format.schema"),
         ({"guided_json": {"not": {}}}, "guided_json"),
-        ({"guided_json": {"properties": {"a": {"dependencies": {}}}}}, "guided_json"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": [1]}, "guided_json"),
         ({"guided_json": {"enum": []}}, "guided_json"),
         ({"guided_json": {"type": "integer", "minimum": 2, "maximum": 1}}, "guided_json"),
         ({"guided_json": {"$ref": "https://example.com/schema"}}, "guided_json"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json"),
+        ({"guided_json": CONTRADICTION}, "guided_json"),
+        ({"guided_json": {"enum": [1], "type": "string"}}, "guided_json"),
+        ({"structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),
+        ({"json_schema": {"not": {}}}, "json_schema"),
         ({"guided_json": {"enum": ["x" * 2**19]}}, "guided_json"),
         ({"guided_regex": "("}, "guided_regex"),
         ({"grammar": "root ::= ("}, "grammar"),
