@@ -76,6 +76,9 @@ PROMISES: dict[str, dict[str, Promise]] = {
         "frame_count": _NO_ANIMATION._replace(harmless=(1,)),
         "frame_duration_ms": _NO_ANIMATION,
     },
+    "JobBody": {
+        "integrations": Promise("This server sends nothing to other services."),
+    },
     "SpeechForm": {
         "known_speaker_names": Promise("This server does not distinguish speakers."),
         "known_speaker_references": Promise("This server does not distinguish speakers."),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,6 +38,7 @@ SERVES: dict[str, tuple[str, ...]] = {  # by kind of model: the API tasks that i
     "speech": ("transcriptions", "translations"),
     "images": ("images",),
 }
+MAX_NAME = 128  # characters of a name that is compared with patterns
 DTYPES: tuple[Dtype, ...] = ("int8", "bfloat16", "float32")  # narrowest first
 
 
@@ -144,6 +145,17 @@ class Catalogue:
     def get(self, name: str) -> CatalogueEntry | None:
         """Return the model with this id or alias, or None."""
         return self.models.get(self.aliases.get(name, name))
+
+    def match(self, name: str) -> CatalogueEntry | None:
+        """Return the model of the first pattern that matches this name, or None."""
+        return self.models.get(match_pattern(self.patterns, name) or "")
+
+
+def match_pattern(patterns: Sequence[NamePattern], name: str) -> str | None:
+    """Return the id of the first pattern that matches a name, or None."""
+    if len(name) > MAX_NAME:
+        return None
+    return next((pattern.model for pattern in patterns if pattern.matches(name)), None)
 
 
 def load(config: Path | None = None) -> Catalogue:

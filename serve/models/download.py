@@ -61,7 +61,8 @@ def resolve_model(
 
     Args:
         name: a catalogue id or alias, `ID=PATH` of a local model, `hf:OWNER/REPO[@REVISION][:FILE]`
-            (or `ID=hf:...`), or the id of a model that was pulled from the hub.
+            (or `ID=hf:...`), the id of a model that was pulled from the hub, or else a name that
+            matches a pattern of the catalogue.
         catalogue: the models known by name.
         home: the data folder.
         notify: called with a message for each step.
@@ -97,6 +98,8 @@ def resolve_model(
     if model is None:
         if (record := hub.find(name, home)) is not None:
             return files_of_record(record)
+        model = catalogue.match(name)
+    if model is None:
         raise NotFound(unknown_model_message(name, catalogue))
     if files := find_pulled(model, home):
         return files

@@ -26,10 +26,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from serve.exceptions import CannotLoad, Failure, UnknownModel
-from serve.models.catalogue import NamePattern
+from serve.models.catalogue import NamePattern, match_pattern
 from serve.models.spec import LoadedModel, ModelSpec
 
-MAX_NAME = 128  # characters of a name that is compared with patterns
 Specs = Callable[[], Mapping[str, ModelSpec]]
 
 
@@ -170,9 +169,7 @@ class Registry:
 
     def _match(self, name: str) -> str | None:
         """Return the id that the first matching pattern names, or None."""
-        if name in self._not_pulled or len(name) > MAX_NAME:
-            return None
-        return next((pattern.model for pattern in self._patterns if pattern.matches(name)), None)
+        return None if name in self._not_pulled else match_pattern(self._patterns, name)
 
     def resolve(self, name: str) -> LoadedModel | ModelSpec:
         """Return the loaded model or the spec for a name: an id, else an alias, else a pattern.

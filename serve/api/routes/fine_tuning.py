@@ -91,7 +91,6 @@ class JobBody(Body):
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Annotated[dict[Name, Value], Field(max_length=16)] | None = None
-    integrations: list[Any] = []
 
 
 class EventsQuery(PageQuery):
@@ -117,8 +116,6 @@ async def create_job(request: Request) -> dict[str, Any]:
     body = await read_json(request, JobBody)
     if body.method.type != "supervised":
         raise unsupported("method.type", body.method.type, "Only 'supervised' is supported.")
-    if body.integrations:
-        raise unsupported("integrations", body.integrations, "Integrations are not supported.")
     settings = body.method.supervised.hyperparameters or body.hyperparameters or Hyperparameters()
     hyperparameters = {name: _auto_to_none(value) for name, value in settings.model_dump().items()}
     job = await submit_job(
