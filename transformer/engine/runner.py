@@ -58,6 +58,11 @@ class Runner:
         self._programs: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
         self._reset_state()
+        # The token bitmask of a batch without grammars.
+        self._all_tokens = np.full(
+            (NUM_SLOTS, -(-self.cfg.vocab_size // 32)), 0xFFFFFFFF, np.uint32
+        )
+        self._all_tokens.flags.writeable = False
         # Programs are compiled for shapes: every call donates the arrays and returns new ones.
         self._shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
@@ -262,9 +267,9 @@ class Runner:
     def _sampling_inputs(
         self, sequences: list[Sequence], pad: int = 0
     ) -> sampling.SamplingMetadata:
-        token_bitmask = np.full(
-            (len(sequences) + pad, -(-self.cfg.vocab_size // 32)), 0xFFFFFFFF, np.uint32
-        )
+        token_bitmask = self._all_tokens[: len(sequences) + pad]
+        if any(sequence.token_bitmask is not None for sequence in sequences):
+            token_bitmask = token_bitmask.copy()
         for row, sequence in zip(token_bitmask, sequences, strict=False):
             if sequence.token_bitmask is not None:
                 row[:] = 0
