@@ -16,7 +16,7 @@ import numpy as np
 import bpe
 from serve.models import benchmarks, dtypes, fingerprint, generation_config
 from serve.models.compilation_cache import enable_compilation_cache
-from serve.models.grammar import GrammarCompiler
+from serve.models.grammar import GrammarCompiler, build_when_idle
 from serve.models.spec import (
     Example,
     Kind,
@@ -56,6 +56,7 @@ class DecoderModel:
             that it shares with its base model.
         runner: runs the programs on the device; models with an adapter share its weights.
         default_sampling: default sampling parameters, see `generation_config.py`.
+        grammar_compiler: compiles grammars for the vocabulary.
     """
 
     kind: ClassVar[str] = "decoder"
@@ -71,16 +72,15 @@ class DecoderModel:
     memory: int = 0
     runner: Runner | None = None
     default_sampling: Mapping[str, float] = field(default_factory=dict)
+    grammar_compiler: GrammarCompiler = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grammar_compiler", GrammarCompiler(self.tokenizer))
 
     @functools.cached_property
     def known_ids(self) -> frozenset[int]:
         """Return the ids of the vocabulary, which may have gaps."""
         return known_ids(self.tokenizer.encoding)
-
-    @functools.cached_property
-    def grammar_compiler(self) -> GrammarCompiler:
-        """Return the compiler of grammars for the vocabulary; built at the first use."""
-        return GrammarCompiler(self.tokenizer)
 
     @functools.cached_property
     def tool_notation(self) -> Notation | None:
@@ -333,6 +333,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             notify=options.notify,
             on_speed=on_speed,
         )
+        build_when_idle(model)
         return model
 
     return ModelSpec(

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import llguidance
 import numpy as np
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 GrammarFormat = Literal["json_schema", "regex", "grammar", "lark"]
 MAX_CACHED_GRAMMARS = 64  # compiled grammars kept per model
 MAX_GRAMMAR_BYTES = 2**18  # of a schema, a regular expression or a grammar
+IDLE_SECONDS = 1.0  # time without requests after which the trie of a loaded model is built
 _JSON_OPTIONS: JsonCompileOptions = {
     "item_separator": ", ",
     "key_separator": ": ",
@@ -127,23 +130,31 @@ class CompiledGrammar:
 class GrammarCompiler:
     """Compiles grammars for the vocabulary of one tokenizer, and caches them.
 
-    Building the trie of a vocabulary takes about a second, compiling a grammar about a millisecond.
-    Any thread can call it.
+    Compiling a grammar takes about a millisecond, but the first one needs the trie of the
+    vocabulary, which takes up to a second. It is built once, by `build` or by `compile`. Any thread
+    can call them.
 
     Args:
         tokenizer: the tokenizer of the model. Its stop tokens end a text of the grammar.
     """
 
     def __init__(self, tokenizer: bpe.Tokenizer) -> None:
-        encoding = tokenizer.encoding
-        self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Vocabulary(tokenizer)),
-            n_vocab=encoding.n_vocab,
-            eos_token=sorted(tokenizer.stop_ids) or None,
-            slices=llguidance.LLTokenizer.json_slices(),
-        )
+        self._vocabulary = tokenizer
+        self._tokenizer: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[GrammarSource, CompiledGrammar] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._build_lock = threading.Lock(), threading.Lock()
+
+    def build(self) -> llguidance.LLTokenizer:
+        """Return the trie of the vocabulary, after building it if necessary."""
+        with self._build_lock:
+            if self._tokenizer is None:
+                self._tokenizer = llguidance.LLTokenizer(
+                    llguidance.TokenizerWrapper(_Vocabulary(self._vocabulary)),
+                    n_vocab=self._vocabulary.encoding.n_vocab,
+                    eos_token=sorted(self._vocabulary.stop_ids) or None,
+                    slices=llguidance.LLTokenizer.json_slices(),
+                )
+            return self._tokenizer
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         """Return a compiled grammar.
@@ -181,13 +192,46 @@ class GrammarCompiler:
             inner = json.loads(grammar)["grammars"][0] if is_json else {"lark_grammar": grammar}
             outer = {"lark_grammar": source.frame}
             grammar = json.dumps({"grammars": [outer, inner | {"name": "output"}]})
+        tokenizer = self.build()
         compiled = CompiledGrammar(
-            llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS),
-            self._tokenizer.vocab_size,
+            llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS),
+            tokenizer.vocab_size,
         )
         if not compiled.matcher().token_bitmask().any():
             raise GrammarError("the grammar allows no text")
         return compiled
+
+
+def build_when_idle(model: _HasGrammars) -> None:
+    """Build the trie of a loaded model on a thread, so that no request waits for it.
+
+    The build blocks all other Python threads for up to a second. So it begins when the model has
+    been idle for `IDLE_SECONDS`: the first answers after the start are not delayed.
+    """
+    model_ref = weakref.ref(model)  # a waiting thread must not keep an unloaded model in memory
+
+    def build() -> None:
+        idle_since = time.monotonic()
+        while (model := model_ref()) is not None and threading.main_thread().is_alive():
+            if not model.is_idle:
+                idle_since = time.monotonic()
+            if time.monotonic() - idle_since >= IDLE_SECONDS:
+                model.grammar_compiler.build()
+                return
+            del model
+            time.sleep(IDLE_SECONDS / 10)
+
+    threading.Thread(target=build, name="build-vocabulary-trie").start()
+
+
+class _HasGrammars(Protocol):
+    """A loaded model with grammars."""
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    @property
+    def grammar_compiler(self) -> GrammarCompiler: ...
 
 
 class _Vocabulary:

@@ -1,6 +1,7 @@
 """Structured output of a tiny random model over HTTP: every finished text has its format."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
@@ -11,6 +12,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 import bpe
+from serve.models import grammar
 from serve.models.grammar import GrammarCompiler, GrammarSource
 from tests.serve import scripted
 
@@ -202,6 +204,46 @@ def test_expensive_schema_is_answered_or_refused(client, schema):
         assert error.code == "invalid_grammar"
     else:
         assert choice.finish_reason in ("stop", "length")
+
+
+class Model:
+    """A loaded model that has no engine."""
+
+    def __init__(self):
+        self.is_idle = False
+        self.grammar_compiler = GrammarCompiler(scripted.tokenizer(None))
+
+
+def grammar_threads():
+    return [t for t in threading.enumerate() if t.name == "build-vocabulary-trie"]
+
+
+def test_trie_is_built_once_when_the_model_is_idle(monkeypatch):
+    """Regression: the first request with a grammar waited a second for the trie."""
+    monkeypatch.setattr(grammar, "IDLE_SECONDS", 0.05)
+    built = []
+    create = grammar._Vocabulary
+    monkeypatch.setattr(grammar, "_Vocabulary", lambda x: built.append(x) or create(x))
+    model, before = Model(), grammar_threads()
+    grammar.build_when_idle(model)
+    (thread,) = [t for t in grammar_threads() if t not in before]
+    thread.join(0.2)
+    assert thread.is_alive() and not built  # a busy model is left alone
+    model.is_idle = True
+    with ThreadPoolExecutor(4) as pool:
+        grammars = pool.map(model.grammar_compiler.compile, [GrammarSource("regex", "a")] * 4)
+    thread.join(10)
+    assert len([*grammars]) == 4 and len(built) == 1
+
+
+def test_thread_that_waits_for_an_idle_model_ends_with_it(monkeypatch):
+    monkeypatch.setattr(grammar, "IDLE_SECONDS", 0.05)
+    model, before = Model(), grammar_threads()
+    grammar.build_when_idle(model)
+    (thread,) = [t for t in grammar_threads() if t not in before]
+    del model
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_bitmask_allows_exactly_the_bytes_that_continue_the_grammar():
