@@ -36,7 +36,7 @@ WELL_KNOWN_STOP_TOKENS = {
     "<|eom_id|>",  # end of a message with a tool call
     "<|end|>",  # Phi 3
     "</s>",  # Llama 2, Mistral
-    "<end_of_turn>",  # Gemma 2 and 3
+    "<end_of_turn>",  # Gemma 1 to 3
     "<eos>",
     "<turn|>",  # Gemma 4
     "<|tool_response>",

@@ -81,7 +81,7 @@ _NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcappin
 _SILU: tuple[str, Mapping[str, str]] = ("hidden_act", dict.fromkeys(("silu", "swish"), "swiglu"))
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")  # synonyms
 _GELU: dict[str, str] = dict.fromkeys(_TANH_GELU, "gelu")
-_GEGLU: tuple[str, Mapping[str, str]] = (
+_GEGLU: tuple[str, dict[str, str]] = (
     "hidden_activation",
     dict.fromkeys(("gelu_pytorch_tanh", *_TANH_GELU), "geglu"),
 )
@@ -199,6 +199,16 @@ FAMILIES = {
         gguf_window_period=6,
         gguf_local_rope_theta=10_000.0,
         gguf_layers_of_27b=62,
+    ),
+    "gemma": Family(  # Gemma, CodeGemma
+        architecture="GemmaForCausalLM",
+        gguf="gemma",
+        fixed_fields=_LLAMA_FIELDS | dict(norm="unit_rms", scale_embeddings=True),
+        keys=_LLAMA_KEYS,
+        hf_defaults=_LLAMA_DEFAULTS | dict(head_dim=256, tie_word_embeddings=True),
+        # "gelu" in the first published files means the approximation, as in transformers.
+        activation=("hidden_act", _GEGLU[1] | {"gelu": "geglu"}),
+        derived=frozenset(),
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",

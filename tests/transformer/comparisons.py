@@ -112,7 +112,7 @@ def part_differences(both: Both) -> dict[str, float]:
 
 # --- GGUF files of llama.cpp's converter ------------------------------------------------------
 
-SENTENCEPIECE = ("llama", "mistral", "gemma2", "gemma3", "phi3", "mixtral")
+SENTENCEPIECE = ("llama", "mistral", "gemma", "gemma2", "gemma3", "phi3", "mixtral")
 # The converter writes no key for these, and llama.cpp has one fixed value.
 CHANGES = {
     "llama": dict(  # the parameters of Llama 3, which the file has only as a table

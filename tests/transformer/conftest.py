@@ -17,6 +17,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "transformer"
 TINY = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3")
 # Families whose features the families above cover too, or that only one test file needs.
 MORE = (
+    "gemma",
     "gemma2",
     "phi3",
     "gpt_neox",

@@ -121,6 +121,11 @@ GEMMA2 = GEMMA | dict(
     sliding_window_size=4096, vocab_size=256000,
 )  # fmt: skip
 del GEMMA2["rope_local_base_freq"], GEMMA2["rope_scaling"], GEMMA2["sliding_window_size"]
+GEMMA1 = dict(
+    attention_bias=False, attention_dropout=0.0, bos_token_id=2, eos_token_id=1, head_dim=256,
+    hidden_act="gelu", hidden_activation=None, initializer_range=0.02, model_type="gemma",
+    pad_token_id=0, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10000.0, use_cache=True,
+)  # fmt: skip
 PHI3 = dict(
     attention_bias=False, attention_dropout=0.0, bos_token_id=1, embd_pdrop=0.0, eos_token_id=32000,
     hidden_act="silu", initializer_range=0.02, model_type="phi3", rms_norm_eps=1e-5,
@@ -151,6 +156,17 @@ def neox(width, layers, heads, vocab, **more) -> dict:
 
 # Other families: config.json, number of weights, and the fields that tell it from a Llama.
 PUBLISHED_MORE = {
+    "gemma-2b": (
+        sized(GEMMA1, 2048, 16384, 18, 8, 1, 256000, 8192),
+        2_506_172_416,
+        dict(norm="unit_rms", mlp="geglu", scale_embeddings=True, post_norms=False,
+             tie_embeddings=True, query_scalar=None),
+    ),
+    "codegemma-7b-it": (
+        sized(GEMMA1, 3072, 24576, 28, 16, 16, 256000, 8192, hidden_activation="gelu_pytorch_tanh"),
+        8_537_680_896,
+        dict(head_dim=256, num_kv_heads=16, mlp="geglu"),
+    ),
     "gemma-2-2b": (
         GEMMA2 | dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26)
         | dict(num_attention_heads=8, num_key_value_heads=4),

@@ -80,6 +80,7 @@ CONFIGS = {
         sliding_window_pattern=3,
         rope_parameters=GEMMA,
     ),
+    "gemma": transformers.GemmaConfig(**SIZES, head_dim=12),
     "gemma2": transformers.Gemma2Config(
         **SIZES,
         head_dim=12,
