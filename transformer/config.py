@@ -87,7 +87,8 @@ def check_size(name: str, value: Any, max_value: float = float("inf")) -> None:
         raise ValueError(f"{name} must be at most {max_value}, got {value}")
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
+    """Check that `value` is a positive, finite number; raises ValueError with `name`."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -136,9 +137,9 @@ class RopeScaling:
                     if not isinstance(value, tuple) or not value:
                         raise ValueError(f"{label} must be a tuple of numbers, got {value!r}")
                     for number in value:
-                        _check_positive(label, number)
+                        check_positive(label, number)
                 else:
-                    _check_positive(label, value)
+                    check_positive(label, value)
             elif value is not None:
                 raise ValueError(
                     f"rope scaling {self.rope_type} does not use {name}: it must be None, "
@@ -228,7 +229,7 @@ class Config:
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         for name in _POSITIVE:
             if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
-                _check_positive(name, value)
+                check_positive(name, value)
         if self.query_scalar is not None:
             check_size("query_scalar", self.query_scalar)
         if self.query_scalar is not None and self.attention_multiplier is not None:

@@ -18,7 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformer import config_keys
-from transformer.config import MAX_LAYERS, ROPE_SCALING_FIELDS, Config, RopeScaling, check_size
+from transformer.config import (
+    MAX_LAYERS,
+    ROPE_SCALING_FIELDS,
+    Config,
+    RopeScaling,
+    check_positive,
+    check_size,
+)
 
 _GPT2_FIELDS: dict[str, Any] = dict(
     norm="layer", position="learned", qkv_bias=True, linear_bias=True,
@@ -113,6 +120,7 @@ class Family:
     gguf_keys: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     # In GGUF files, every n-th layer has no window; 1: all layers have one; None: no windows.
     gguf_window_period: int | None = None
+    gguf_window: int | None = None  # size of the window without its key; 0: no window
     gguf_rope_layers: tuple[bool, ...] = (True,)  # `Config.rope_layers` of GGUF files
     gguf_yarn_truncate: bool = True  # `RopeScaling.truncate` of GGUF files
     gguf_local_rope_theta: float | None = None  # default of rope.freq_base_swa
@@ -197,6 +205,7 @@ FAMILIES = {
         has_layer_types=True,
         gguf_keys={"final_logit_softcapping": ("final_logit_softcap", None)},
         gguf_window_period=6,
+        gguf_window=0,
         gguf_local_rope_theta=10_000.0,
         gguf_layers_of_27b=62,
     ),
@@ -234,6 +243,7 @@ FAMILIES = {
             "final_logit_softcapping": ("final_logit_softcap", 30.0),
         },
         gguf_window_period=2,
+        gguf_window=4096,
         gguf_layers_of_27b=46,
     ),
     "phi3": Family(  # Phi-3, Phi-3.5 and Phi-4
@@ -252,6 +262,7 @@ FAMILIES = {
         derived=frozenset({"head_dim", "num_kv_heads"}),
         rotary_key="partial_rotary_factor",
         gguf_window_period=1,
+        gguf_window=0,
     ),
     "gpt_neox": Family(  # Pythia
         architecture="GPTNeoXForCausalLM",
@@ -793,9 +804,10 @@ def _pop_windows(
             return (size,) * (period - 1) + (None,)
         return (None,) * min(num_full, num_layers) + (size,) * max(num_layers - num_full, 0)
     if not isinstance(types, list) or len(types) != num_layers or {*map(str, types)} - _LAYER_TYPES:
+        count = f"{len(types)} items: " if isinstance(types, list) else ""
         raise ValueError(
             f"layer_types must be a list of {' or '.join(sorted(_LAYER_TYPES))} for each of "
-            f"{num_layers} layers, got {types!r}"
+            f"{num_layers} layers, got {count}{types!r}"
         )
     if _LOCAL in types and size is None:
         raise ValueError(f"layer_types has {_LOCAL}, but sliding_window is absent or disabled")
@@ -866,6 +878,7 @@ def from_gguf(
         fields["d_ff"] = pop("expert_feed_forward_length", fields["d_ff"])
     if fields["position"] == "rope":
         fields["rope_theta"] = pop("rope.freq_base", 10_000.0)
+        check_positive(f"{kind}.rope.freq_base", fields["rope_theta"])
         rotated = pop("rope.dimension_count", fields["head_dim"])
         if family.rotary_key is not None:
             fields["rotary_dim"] = rotated
@@ -881,7 +894,7 @@ def from_gguf(
     if family.gguf_local_rope_theta is not None:
         fields["local_rope_theta"] = pop("rope.freq_base_swa", family.gguf_local_rope_theta)
     if family.gguf_window_period is not None:
-        fields["windows"] = _gguf_windows(rest, family.gguf_window_period)
+        fields["windows"] = _gguf_windows(rest, kind, family, fields["num_layers"])
     if fields["num_layers"] == family.gguf_layers_of_27b:  # as in llama.cpp
         fields["query_scalar"] = d_model // heads
     if (width := pop("attention.value_length", fields["head_dim"])) != fields["head_dim"]:
@@ -915,24 +928,32 @@ def _check_single_model(metadata: Mapping[str, Any]) -> None:
     config_keys.log_ignored_keys("GGUF metadata", tuple(others))
 
 
-def _gguf_windows(rest: dict[str, Any], period: int) -> tuple[int | None, ...]:
+def _gguf_windows(
+    rest: dict[str, Any], kind: str, family: Family, num_layers: Any
+) -> tuple[int | None, ...]:
     """Return the window of each layer or None, and remove the keys that say so from `rest`.
 
-    The key `attention.sliding_window_pattern` has one flag per layer or a period; `period` is its
-    default. With a period of n, every n-th layer has no window. A window size of 0 means that no
-    layer has a window.
+    The key `attention.sliding_window_pattern` has one flag per layer or a period. With a period of
+    n, every n-th layer has no window. A window size of 0 means that no layer has a window. The
+    defaults of both keys are those of llama.cpp.
     """
-    size = rest.pop("attention.sliding_window", 0 if period == 1 else None)
+    size = rest.pop("attention.sliding_window", family.gguf_window)
     if size is None:
-        raise ValueError("the GGUF metadata have no key attention.sliding_window")
+        raise ValueError(f"the GGUF metadata have no key {kind}.attention.sliding_window")
     if size == 0:
         return (None,)
-    if period == 1:
+    if family.gguf_window_period == 1:
         return (size,)
-    pattern = rest.pop("attention.sliding_window_pattern", period)
+    key = "attention.sliding_window_pattern"
+    pattern = rest.pop(key, family.gguf_window_period)
     if isinstance(pattern, list):
+        if len(pattern) != num_layers or {*map(repr, pattern)} - {"True", "False", "0", "1"}:
+            raise ValueError(
+                f"{kind}.{key} must be a number, or a list of true or false for each of "
+                f"{num_layers} layers, got {len(pattern)} items: {pattern!r}"
+            )
         return tuple(size if is_local else None for is_local in pattern)
-    check_size("attention.sliding_window_pattern", pattern, MAX_LAYERS)
+    check_size(f"{kind}.{key}", pattern, MAX_LAYERS)
     return (size,) * (pattern - 1) + (None,)
 
 
@@ -1014,7 +1035,7 @@ def _llama3_scaling(factors: Sequence[float], fields: Mapping[str, Any]) -> Rope
         high_freq_factor=4.0,
     )
     expected = []
-    for i in range(head_dim // 2):
+    for i in range(head_dim // 2 if head_dim // 2 == len(factors) else 0):
         # Rotations of the pair within the original context.
         num_rotations = 8192 / (2 * math.pi * theta ** (2 * i / head_dim))
         unscaled = min(max((num_rotations - 1.0) / (4.0 - 1.0), 0.0), 1.0)

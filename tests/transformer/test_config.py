@@ -291,7 +291,7 @@ def test_to_hf_without_model_type_raises(change):
         ("llama", {"num_attention_heads": 0}, ["num_heads", 0]),
         ("llama", {"rope_interleaved": True}, ["rope_interleaved"]),
         ("qwen2", {"use_sliding_window": False}, ["layer_types", "sliding_window"]),
-        ("qwen2", {"layer_types": ["sliding_attention"]}, ["layer_types", 2]),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, ["layer_types", 2, 3]),
         ("qwen2", {"layer_types": ["full_attention", "linear"]}, ["layer_types", "linear"]),
         ("qwen2", {"layer_types": 3}, ["layer_types", 2, 3]),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),

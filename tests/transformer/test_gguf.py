@@ -95,3 +95,83 @@ def test_rope_factors_with_two_axes_are_rejected(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=naming("rope_freqs.weight", "(2, 4)")):
         checkpoint.load(tmp_path / "m.gguf")
+
+
+# The smallest metadata of each architecture; every key that the reader knows is replaced in turn.
+COMMON = {
+    "attention.head_count": 4, "attention.head_count_kv": 4, "embedding_length": 32,
+    "block_count": 2, "feed_forward_length": 48, "vocab_size": 96, "context_length": 64,
+    "attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": 1e-5,
+}  # fmt: skip
+OPTIONAL = (
+    "attention.key_length", "attention.value_length", "attention.sliding_window",
+    "attention.sliding_window_pattern", "expert_count", "expert_used_count",
+    "expert_feed_forward_length", "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count",
+    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+)  # fmt: skip
+SCALINGS = {
+    "yarn": {},
+    "none": {"rope_freqs": [1.0, 1.0, 1.0, 8.0]},
+    "longrope": {"rope_factors_short": [1.0] * 4, "rope_factors_long": [2.0] * 4},
+}
+
+
+def metadata_of(kind: str, **more) -> dict:
+    keys = COMMON | more
+    if kind in ("gemma3", "gpt-oss"):
+        keys.setdefault("attention.sliding_window", 8)
+    return {"general.architecture": kind} | {f"{kind}.{k}": v for k, v in keys.items()}
+
+
+ARCHITECTURES = {family.gguf: family for family in reversed(families.FAMILIES.values())}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_key_of_any_type_is_read_or_raises_value_error(kind):
+    """Bug: with the tensor rope_freqs, rope.freq_base "x" raised TypeError, and a wide head looped.
+
+    Each key has each value, with each kind of RoPE scaling.
+    """
+    keys = (*COMMON, *OPTIONAL, *ARCHITECTURES[kind].gguf_keys)
+    for scaling, factors in SCALINGS.items():
+        metadata = metadata_of(kind, **{"rope.scaling.type": scaling})
+        for key in keys:
+            for value in ("x", [], {}, -1, 0, None, float("nan"), 2**63):
+                changed = metadata | {f"{kind}.{key}": value}
+                with contextlib.suppress(ValueError):  # any other exception fails the test
+                    families.from_gguf(changed, has_head=True, rope_factors=factors)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "x", float("nan")])
+def test_error_names_rope_base(value):
+    metadata = metadata_of("llama", **{"rope.freq_base": value})
+    with pytest.raises(ValueError, match=naming("llama.rope.freq_base", value)):
+        families.from_gguf(metadata, has_head=True, rope_factors=SCALINGS["none"])
+
+
+def test_window_without_its_key_is_that_of_llama_cpp():
+    """Bug: files of Gemma 2 from before the key were rejected; llama.cpp has a default."""
+    for kind, windows in (("gemma2", (4096, None)), ("gemma3", (None,)), ("phi3", (None,))):
+        metadata = metadata_of(kind)
+        metadata.pop(f"{kind}.attention.sliding_window", None)
+        assert families.from_gguf(metadata, has_head=False).windows == windows
+    metadata = metadata_of("gpt-oss")
+    del metadata["gpt-oss.attention.sliding_window"]
+    with pytest.raises(ValueError, match=naming("gpt-oss.attention.sliding_window")):
+        families.from_gguf(metadata, has_head=False)
+
+
+@pytest.mark.parametrize("pattern", [[True], [True, False, True], [], [1, 2], ["x", "y"]])
+def test_window_pattern_of_wrong_length_or_type_is_rejected(pattern):
+    """Bug: a list of another length than the layers was repeated or cut."""
+    more = {"attention.sliding_window": 8, "attention.sliding_window_pattern": pattern}
+    facts = ("gemma2.attention.sliding_window_pattern", len(pattern), 2)
+    with pytest.raises(ValueError, match=naming(*facts)):
+        families.from_gguf(metadata_of("gemma2", **more), has_head=False)
+
+
+def test_window_pattern_with_a_flag_per_layer_is_read():
+    more = {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True]}
+    cfg = families.from_gguf(metadata_of("gemma2", **more), has_head=False)
+    assert cfg.windows == (None, 8)

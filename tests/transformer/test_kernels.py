@@ -250,6 +250,12 @@ def test_gated_mlp_matches_reference(impl, kind, dtype):
     check_impl("gated_mlp", impl, arguments, tolerance, kind=kind, limit=limit)
 
 
+def test_unknown_kind_of_gated_mlp_is_rejected():
+    """Bug: the message left out one of the known kinds."""
+    with pytest.raises(ValueError, match=naming("swiglu", "geglu", "swiglu_oai", "'relu'")):
+        kernels.mlp.activation("relu")
+
+
 @pytest.mark.parametrize("impl", kernels.IMPLS["truncate"])
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p", "kept_ids"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from transformer.config import GATED_MLPS
 from transformer.kernels import matmuls
 from transformer.kernels.operations import linear
 from transformer.kernels.registry import register
@@ -77,10 +78,12 @@ def activation(kind: str) -> Callable[[jax.Array], jax.Array]:
     """Return the activation function of the gate.
 
     Raises:
-        ValueError: `kind` is neither "swiglu" nor "geglu".
+        ValueError: `kind` is unknown.
     """
     if kind == "swiglu":
         return jax.nn.silu
     if kind == "geglu":
         return lambda x: jax.nn.gelu(x, approximate=True)
-    raise ValueError(f"kind must be 'swiglu' or 'geglu', got {kind!r}")
+    raise ValueError(
+        f"the kind of a gated MLP must be one of {', '.join(GATED_MLPS)}, got {kind!r}"
+    )
