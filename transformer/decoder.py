@@ -518,7 +518,8 @@ def forward_cached(
         cfg: Config of the decoder.
         kv_cache: The cache; donate the argument in `jax.jit`, so that it is updated in place.
         ids: The new tokens, int32 [B, T].
-        tables: The cache blocks of each row, int32 [B, S/BLOCK_SIZE].
+        tables: The cache blocks of each row, int32 [B, S/BLOCK_SIZE]. S, the longest sequence that
+            they can hold, selects the factors of LongRoPE.
         starts: Number of tokens of each row that are in the cache already, int32 [B].
 
     Returns:
@@ -527,7 +528,8 @@ def forward_cached(
     """
     positions = starts[:, None] + jnp.arange(ids.shape[1])  # [B, T]
     # A row uses the same factors of LongRoPE while it grows, so that its cached keys stay valid.
-    x, angles = embed_tokens(params, cfg, ids, positions, cfg.max_seq_len)
+    max_length = min(cfg.max_seq_len, tables.shape[1] * cache.BLOCK_SIZE)
+    x, angles = embed_tokens(params, cfg, ids, positions, max_length)
     keys, values = [], []
     for i, layer in enumerate(params.layers):
         k, v = kv_cache.keys[i], kv_cache.values[i]

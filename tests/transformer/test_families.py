@@ -60,6 +60,27 @@ def test_forward_cached_matches_transformers(tiny, name):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
 
 
+def test_longrope_with_a_cache_of_the_original_context_has_short_factors(tiny):
+    """Bug: the context of the model selected the long factors, however small the cache was."""
+    params, cfg, golden = tiny("phi3")
+    scaling = dataclasses.replace(cfg.rope_scaling, original_max_seq_len=cache.BLOCK_SIZE)
+    cfg = dataclasses.replace(cfg, rope_scaling=scaling)
+    assert cfg.max_seq_len > cache.BLOCK_SIZE
+    ids = golden["ids"][:, :16]
+    expected, _ = forward(params, cfg, ids)  # the length of the row selects the short factors
+    long = golden["logits"][:, :16]
+    assert np.abs(expected - long).max() > 0.01
+
+    @jax.jit
+    def read(ids):
+        kv_cache, tables = cache.init(cfg, 1), np.array([[1]])
+        x, _ = decoder.forward_cached(params, cfg, kv_cache, ids, tables, np.array([0]))
+        return decoder.unembed(params, cfg, x)
+
+    logits = read.lower(ids).compile(OPTIONS)(ids)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", [name for name in MORE if name not in ("phi3", "gpt_oss")])
 def test_float64_decoder_matches_transformers(tiny, name):
     """`exact.decoder` has no RoPE scaling, so phi3 and gpt_oss are left out."""

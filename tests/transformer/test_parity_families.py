@@ -59,7 +59,7 @@ def test_saved_folder_loads_in_transformers_bitwise_equal(both, tmp_path):
 
 
 def test_longrope_of_rows_with_different_lengths_matches_transformers(tmp_path):
-    """The length of a row selects the LongRoPE factors; with a cache, `max_seq_len` does."""
+    """The length of a row selects the LongRoPE factors; with a cache, the served context does."""
     import torch
 
     model, ids = reference("phi3")
