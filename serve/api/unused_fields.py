@@ -208,7 +208,7 @@ def header_value(fields: Sequence[Unused]) -> str:
 
 def path_part(key: str) -> str:
     """Return a key as text for a path in a header: short, and without commas and spaces."""
-    return quote(key[:MAX_KEY], safe="$@:/+")
+    return quote(key[:MAX_KEY], safe="$@:/+") or '""'
 
 
 def _intended_name(name: str, known: set[str]) -> str | None:

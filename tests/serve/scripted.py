@@ -132,6 +132,10 @@ class ScriptedEngine:
         finally:
             self.running -= 1
 
+    @property
+    def is_idle(self) -> bool:
+        return self.running == 0
+
     def stats(self) -> Stats:
         return Stats(finished={}, running=self.running, generated_tokens=self.tokens, slots=16)
 

@@ -81,6 +81,11 @@ def expert_of_the_wrong_rank(folder: Path) -> None:
     for file in ("config.json", "model.safetensors"):
         shutil.copy(GOLDEN / "mixtral" / file, folder)
     tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    rows = 300 - config["vocab_size"]  # the tokenizer has 259 tokens
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[table] = np.pad(tensors[table], ((0, rows), (0, 0)))
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}), "utf-8")
     name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     save_file(tensors | {name: tensors[name].ravel()}, folder / "model.safetensors")
 
