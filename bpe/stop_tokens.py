@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bpe.encoding import Encoding
+from bpe.formats.checks import get_id
 from bpe.log_once import warn_once
 
 log = logging.getLogger(__name__)
@@ -110,8 +111,8 @@ def gguf_stop_tokens(metadata: Mapping[str, Any], source: str) -> Iterator[tuple
     """Yield (file and key, id) for each stop token that GGUF metadata declares."""
     for name in ("eos", "eot", "eom"):
         key = f"tokenizer.ggml.{name}_token_id"
-        if (id := metadata.get(key)) is not None:
-            yield f"{source}: {key}", int(id)  # some readers return a NumPy integer
+        if (id := get_id(metadata, key, source)) is not None:
+            yield f"{source}: {key}", id
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from bpe.fast_encoder import Ids
 from bpe.hash_table import Ints
 
 _UNK_PENALTY = 10.0
+_MAX_PIECE = 4096  # characters; the search tries every prefix of a token at every position
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class Unigram:
                 None uses `unk_id`.
             lowest_score: the lowest score in the vocabulary file; None takes that of `scores`. The
                 score of an unknown character is lower by 10.
+
+        Raises:
+            ValueError: if a token has more than 4,096 characters.
         """
         self.pieces, self.scores = dict(pieces), dict(scores)
         self._unk_id, self._byte_ids = unk_id, byte_ids
@@ -82,7 +86,11 @@ class Unigram:
         self.unk_score = lowest - _UNK_PENALTY
         # The score of every prefix of a token; None: the prefix is not a token.
         self._scores: dict[str, float | None] = dict(scores)
-        for piece in self.pieces:
+        for piece, id in self.pieces.items():
+            if len(piece) > _MAX_PIECE:
+                raise ValueError(
+                    f"token {id} has {len(piece):,} characters; the limit is {_MAX_PIECE:,}"
+                )
             for n in range(len(piece) - 1, 0, -1):
                 if piece[:n] in self._scores:
                     break

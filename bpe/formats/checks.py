@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,31 @@ def get_array(metadata: Mapping[str, Any], key: str, where: str) -> list[Any]:
         problem = "it is missing" if value is None else f"got {type(value).__name__}"
         raise ValueError(f"{where}: expected an array for {key}, {problem}")
     return list(value)
+
+
+def get_numbers(metadata: Mapping[str, Any], key: str, where: str) -> list[float]:
+    """Return an array of numbers of GGUF metadata as a list.
+
+    Raises:
+        ValueError: if the value is missing, or has another type.
+    """
+    values = get_array(metadata, key, where)
+    for i, value in enumerate(values):
+        if not isinstance(value, Real) or value != value:
+            raise ValueError(f"{where}: expected a number for {key}[{i}], got {short_repr(value)}")
+    return values
+
+
+def get_id(metadata: Mapping[str, Any], key: str, where: str) -> int | None:
+    """Return a token id of GGUF metadata; None if it is missing.
+
+    Raises:
+        ValueError: if the value is no integer.
+    """
+    value = metadata.get(key)
+    if value is not None and not isinstance(value, Integral):
+        raise ValueError(f"{where}: expected an integer for {key}, got {short_repr(value)}")
+    return None if value is None else int(value)
 
 
 def get_one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: str) -> Any:

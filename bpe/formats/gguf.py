@@ -17,7 +17,14 @@ from bpe import stop_tokens
 from bpe.added_tokens import AddedToken
 from bpe.encoding import Encoding
 from bpe.formats.byte_level import from_byte_level, is_plain_text
-from bpe.formats.checks import get_array, get_one_of, to_text, warn_unknown_keys
+from bpe.formats.checks import (
+    get_array,
+    get_id,
+    get_numbers,
+    get_one_of,
+    to_text,
+    warn_unknown_keys,
+)
 from bpe.formats.gguf_patterns import PRE_TOKENIZERS
 from bpe.formats.sentencepiece import (
     BPE,
@@ -105,8 +112,11 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
             + ", ".join(map(repr, _KINDS))
         )
     _check_keys(meta, kind, source)
-    tokens = [to_text(token) for token in get_array(meta, _GGML + "tokens", source)]
-    types = [int(t) for t in get_array(meta, _GGML + "token_type", source)]
+    tokens = [
+        to_text(token) or f"[EMPTY_{id}]"  # as llama.cpp names an empty token
+        for id, token in enumerate(get_array(meta, _GGML + "tokens", source))
+    ]
+    types = [int(type) for type in get_numbers(meta, _GGML + "token_type", source)]
     if len(tokens) != len(types):
         raise ValueError(
             f"{source}: expected one item of {_GGML}token_type for each token, got {len(types)} "
@@ -117,14 +127,14 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     encoding, add_bos = kind.read(meta, tokens, types, flags, name, source)
 
     def token_id(name: str) -> int | None:
-        id = meta.get(f"{_GGML}{name}_token_id")
-        if id is not None and not 0 <= int(id) < len(tokens):
+        id = get_id(meta, f"{_GGML}{name}_token_id", source)
+        if id is not None and not 0 <= id < len(tokens):
             if name == "eos":
                 return None  # logged with the other stop tokens
             raise ValueError(
                 f"{source}: {_GGML}{name}_token_id is {id}, but there are {len(tokens)} tokens"
             )
-        return None if id is None else int(id)
+        return id
 
     bos_id, eos_id = token_id("bos"), token_id("eos")
     if (add_bos_token := meta.get(_GGML + "add_bos_token")) is not None:
@@ -276,22 +286,24 @@ def _read_sentencepiece(
 
     The default of `add_space_prefix` is that of llama.cpp.
     """
-    scores = [float(score) for score in get_array(meta, _GGML + "scores", source)]
+    scores = [float(score) for score in get_numbers(meta, _GGML + "scores", source)]
     if len(scores) != len(tokens):
         raise ValueError(
             f"{source}: expected one item of {_GGML}scores for each token, got {len(scores)} for "
             f"{len(tokens)} items of {_GGML}tokens"
         )
-    unk_id = meta.get(_GGML + "unknown_token_id")
+    unk_id = get_id(meta, _GGML + "unknown_token_id", source)
     add_space = meta.get(_GGML + "add_space_prefix", model_type == BPE)
-    charsmap = meta.get(_GGML + "precompiled_charsmap")
+    charsmap_key = _GGML + "precompiled_charsmap"
+    has_charsmap = meta.get(charsmap_key) is not None
+    charsmap = get_numbers(meta, charsmap_key, source) if has_charsmap else []
     model = SentencePieceModel(
         pieces=tokens,
         scores=scores,
         types=types,
         model_type=model_type,
-        special_ids={"unk": -1 if unk_id is None else int(unk_id)},
-        precompiled_charsmap=b"" if charsmap is None else _int8_bytes(charsmap),
+        special_ids={"unk": -1 if unk_id is None else unk_id},
+        precompiled_charsmap=bytes(int(value) & 0xFF for value in charsmap),  # int8 or uint8
         add_dummy_prefix=bool(add_space),
         remove_extra_whitespaces=bool(meta.get(_GGML + "remove_extra_whitespaces", False)),
     )
@@ -318,12 +330,13 @@ def _read_gemma4(
                 f"{source}: expected two tokens and a space for {_GGML}merges[{i}], got {merge!r}"
             )
         merges.append((left, right))
+    unk_id = get_id(meta, _GGML + "unknown_token_id", source)
     model = SentencePieceModel(
         pieces=tokens,
         scores=[0.0] * len(tokens),
         types=types,
         model_type=BPE,
-        special_ids={"unk": int(meta.get(_GGML + "unknown_token_id", -1))},
+        special_ids={"unk": -1 if unk_id is None else unk_id},
         add_dummy_prefix=bool(meta.get(_GGML + "add_space_prefix", False)),
         remove_extra_whitespaces=False,
     )
@@ -350,11 +363,6 @@ def _build_sentencepiece(
         ],
         merges=merges,
     )
-
-
-def _int8_bytes(values: Any) -> bytes:
-    """Return an array of signed or unsigned bytes as bytes."""
-    return bytes(int(value) & 0xFF for value in values)
 
 
 _KINDS = {

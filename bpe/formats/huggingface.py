@@ -216,10 +216,17 @@ def _from_tokenizer_model(
 def _config_added_tokens(config: Mapping[str, Any], where: str) -> list[AddedToken]:
     """Return the tokens of `added_tokens_decoder` in tokenizer_config.json."""
     tokens: list[AddedToken] = []
-    for id, token in (config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, Mapping):
+        raise ValueError(
+            f"{where}: expected an object for added_tokens_decoder, got {short_repr(decoder)}"
+        )
+    for id, token in decoder.items():
         item = f"{where}: added_tokens_decoder[{id!r}]"
         if not id.isdecimal():
             raise ValueError(f"{item}: expected a token id as the key")
+        if not isinstance(token, Mapping):
+            raise ValueError(f"{item}: expected an object, got {short_repr(token)}")
         flags = {
             key: bool(get_one_of(token, key, [None, False, True], item))
             for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -505,14 +512,17 @@ def _piece_model(
                 f"{known[bad[0]]}"
             )
         known_pieces = {piece: id for piece, id in pieces.items() if id != unk_id}
-        return (
-            Unigram(known_pieces, known, unk_id=unk_id, byte_ids=byte_ids, lowest_score=lowest),
-            unk_id,
-        )
+        try:
+            unigram = Unigram(
+                known_pieces, known, unk_id=unk_id, byte_ids=byte_ids, lowest_score=lowest
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return unigram, unk_id
     _check_bpe(model, where)
     get_one_of(model, "ignore_merges", [None, False], where)
     unk_token = model.get("unk_token")
-    if unk_token is not None and unk_token not in vocab:
+    if unk_token is not None and (not isinstance(unk_token, str) or unk_token not in vocab):
         raise ValueError(f"{where}: unk_token {unk_token!r} is not in vocab")
     unk_id = None if unk_token is None else vocab[unk_token]
     pairs: list[tuple[str, str]] = []

@@ -359,6 +359,19 @@ def test_conversion_command_without_weights_stops(tmp_path):
 
 
 @pytest.mark.parity
+def test_conversion_command_stops_at_parts_of_tensors(tmp_path):
+    """Meta's shards have the same names: the last one overwrote the others."""
+    import torch
+
+    for i in (0, 1):
+        torch.save({"tok_embeddings.weight": torch.zeros(2)}, tmp_path / f"consolidated.0{i}.pth")
+    command = shlex.split(conversion_command(tmp_path, ["consolidated.00.pth"]))
+    result = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parity
 def test_conversion_command_converts_a_pickle(tmp_path):
     import torch
 

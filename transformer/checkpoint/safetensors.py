@@ -78,7 +78,8 @@ def conversion_command(path: Path, names: Sequence[str] = ()) -> str:
     """Return the command that converts pickled weights of PyTorch to safetensors.
 
     The command needs torch; with `weights_only`, torch unpickles tensors and nothing else. Tied
-    weights are stored twice. The command stops if it finds no file with weights.
+    weights are stored twice. The command stops if it finds no file with weights, and at shards that
+    each have a part of every tensor, such as those of Meta's Llama.
 
     Args:
         path: A file with pickled weights, or a folder with one or several of them.
@@ -92,8 +93,10 @@ def conversion_command(path: Path, names: Sequence[str] = ()) -> str:
         f"import glob, sys; files = sorted(glob.glob({pattern!r})) "
         f"or sys.exit({f'no file matches {pattern}'!r}); "
         "import torch; from safetensors.torch import save_file; "
-        "w = {k: v for f in files "
-        "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; "
+        "p = [torch.load(f, map_location='cpu', weights_only=True) for f in files]; "
+        "w = {k: v for t in p for k, v in t.items()}; "
+        "len(w) < sum(map(len, p)) and "
+        "sys.exit('two files have parts of one tensor: convert them with their own program'); "
         "save_file({k: v.clone().contiguous() for k, v in w.items()}, "
         f"{str(folder / 'model.safetensors')!r}, {{'format': 'pt'}})"
     )
