@@ -67,13 +67,12 @@ class DeltaReader:
         if isinstance(self._parser, HarmonyParser):
             offsets = (item.offset for item in delta.tokens if item.token.id in self._marker_ids)
             parts = self._parser.push(delta.text, offsets)
+            parts += self._parser.flush() if delta.finish_reason else []
         else:
             parts = self._parser.push(delta.text)
-        if delta.finish_reason and isinstance(self._parser, HarmonyParser):
-            parts += self._parser.flush()
-        elif delta.finish_reason:
-            is_cut = delta.finish_reason == "length" or self._is_required
-            parts += self._parser.flush(is_cut=is_cut)
+            if delta.finish_reason:
+                is_cut = delta.finish_reason == "length" or self._is_required
+                parts += self._parser.flush(is_cut=is_cut)
         for part in parts:
             match part:
                 case TextPart(text=text, offset=None):

@@ -156,6 +156,7 @@ def time_first_bitmasks(model: DecoderModel, count: int) -> dict[str, float]:
     """Return the median and the largest milliseconds to compile a schema and get a bitmask."""
     started = time.perf_counter()
     compiler = GrammarCompiler(model.tokenizer)
+    compiler.build()
     seconds = time.perf_counter() - started
     times = []
     for schema in make_schemas(count, seed=1):
