@@ -26,6 +26,7 @@ from serve.api.routes import (
     audio,
     chat,
     completions,
+    conversations,
     embeddings,
     files,
     fine_tuning,
@@ -35,11 +36,13 @@ from serve.api.routes import (
     models,
     pages,
     rerank,
+    responses,
     tokens,
 )
 from serve.api.routes.legacy import edits, engines, fine_tunes
 from serve.api.settings import ServerSettings
 from serve.api.state import ServerState, refresh_models
+from serve.api.stored_responses import ResponseStore
 from serve.api.temp_files import TempFiles
 from serve.jobs.jobs import JobStore
 from serve.jobs.runner import JobRunner
@@ -110,6 +113,12 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         registry=registry,
         home=settings.home,
         store=store,
+        responses=ResponseStore(
+            store,
+            is_enabled=settings.store_responses,
+            max_bytes=settings.max_stored_bytes,
+            max_days=settings.max_stored_days,
+        ),
         jobs=jobs,
         job_runner=JobRunner(jobs),
         temp_files=TempFiles(settings.home / "pictures"),
@@ -124,8 +133,8 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         "/metrics", metrics.page, methods=["GET"], summary="Prometheus metrics", **route_docs()
     )
     # Paths that contain an engine id match greedily, so longer paths are registered first.
-    routes = (health, models, manage_models, chat, completions, edits, embeddings, rerank, audio)
-    routes += (images,)
+    routes = (health, models, manage_models, chat, completions, edits, embeddings, rerank)
+    routes += (responses, conversations, audio, images)
     routes += (files, fine_tuning, fine_tunes)
     routes += (engines, tokens, pages)
     for route in routes:

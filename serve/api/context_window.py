@@ -32,6 +32,7 @@ COMPLETION_WORDING = Wording(
     ", however you requested {total} tokens ({prompt} in your prompt; {completion} for the "
     "completion). Please reduce your prompt; or completion length.",
 )
+RESPONSE_WORDING = CHAT_WORDING._replace(param="input")
 EDIT_WORDING = Wording(
     "input",
     ". However, your input and instruction resulted in {prompt} tokens. "

@@ -113,7 +113,8 @@ KEY_HINT = (
 class ApiKeys:
     """Pure ASGI middleware that requires ``Authorization: Bearer KEY`` if the server has keys.
 
-    It sets `RequestContext.client` to the key's name, or to the client's address.
+    It sets `RequestContext.client` to the key's name, or to the client's address, and
+    `RequestContext.owner` to the key's name.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing):
@@ -127,7 +128,7 @@ class ApiKeys:
                 owner = self._authenticate(Headers(scope=scope))
                 if isinstance(owner, APIError):
                     return await owner.response()(scope, receive, send)
-                context_of(scope).client = owner
+                context_of(scope).client = context_of(scope).owner = owner
         await self.app(scope, receive, send)
 
     def _authenticate(self, headers: Headers) -> str | APIError:

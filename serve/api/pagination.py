@@ -4,7 +4,7 @@ The page after an object is available even if that object has been deleted.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -26,6 +26,12 @@ class OrderedPageQuery(PageQuery):
     """Query parameters of a list with a selectable order."""
 
     limit: Annotated[int, Field(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+
+
+class ItemsQuery(PageQuery):
+    """Query parameters of a list of items."""
+
     order: Literal["asc", "desc"] = "desc"
 
 
@@ -79,14 +85,38 @@ async def paginate(
             predicate=predicate,
         )
     except KeyError:
-        raise APIError(
-            404,
-            f"Invalid 'after': this list has no object '{(query.after or '')[:80]}'. Use the "
-            "'last_id' of the previous page.",
-            param="after",
-            code="not_found",
-        ) from None
-    data = [to_api(body) for body in objects]
+        raise _not_in_list(query.after or "") from None
+    return _page([to_api(body) for body in objects], has_more)
+
+
+def page_of(
+    items: Sequence[dict[str, Any]], query: PageQuery, *, newest_first: bool
+) -> dict[str, Any]:
+    """Return a page of items that are in memory, oldest first, in OpenAI's shape.
+
+    Raises:
+        APIError: 404 if ``after`` is not an id of the items.
+    """
+    items = list(reversed(items)) if newest_first else list(items)
+    ids = [item["id"] for item in items]
+    if query.after is not None and query.after not in ids:
+        raise _not_in_list(query.after)
+    start = 0 if query.after is None else ids.index(query.after) + 1
+    end = start + query.limit
+    return _page(items[start:end], end < len(items))
+
+
+def _not_in_list(id: str) -> APIError:
+    return APIError(
+        404,
+        f"Invalid 'after': this list has no object '{id[:80]}'. Use the 'last_id' of the previous "
+        "page.",
+        param="after",
+        code="not_found",
+    )
+
+
+def _page(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     return {
         "object": "list",
         "data": data,

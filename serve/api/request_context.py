@@ -23,6 +23,7 @@ class RequestContext:
         id: Value of the ``x-request-id`` header.
         arrival_time: Time at which the request arrived.
         client: Name of the API key, or the client's address.
+        owner: Name of the API key, to which stored objects belong; "" without a key.
         model: Id of the model.
         is_pattern: Whether the name of the model in the request matched a pattern of names.
         unused_fields: Fields of the request without effect; see `unused_fields.py`.
@@ -37,6 +38,7 @@ class RequestContext:
     id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
     arrival_time: float = field(default_factory=time.perf_counter)
     client: str = ""
+    owner: str = ""
     model: str = ""
     is_pattern: bool = False
     unused_fields: list[Unused] = field(default_factory=list)

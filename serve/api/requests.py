@@ -342,10 +342,13 @@ class Message(Body):
     reasoning_content: str | None = None
 
 
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
 class FunctionDefinition(Body):
     """A function that the model may call: its name, description, and parameters (JSON schema)."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -382,6 +385,12 @@ class ToolChoice(ToolName):
     """The tool that must be called, or several that can be."""
 
     allowed_tools: AllowedTools | None = None
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 
 
 class PromptCacheOptions(Body):

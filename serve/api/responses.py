@@ -4,7 +4,7 @@ Routes return dictionaries, which are not validated against these models at run 
 compares the two (`tests/serve/test_schema.py`).
 """
 
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -311,6 +311,67 @@ class ChatDelta(ResponseModel):
     reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
     function_call: FunctionCallDelta | None = None
+
+
+class ResponseReply(BaseModel):
+    """The response of POST /v1/responses; `output` has messages and function calls."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    model: str
+    output: list[dict[str, Any]]
+
+
+class ResponseEvent(BaseModel):
+    """An event of a streamed response; its type says which other fields it has."""
+
+    type: str
+    sequence_number: Count
+
+
+class ResponseDeleted(ResponseModel):
+    """The confirmation that a response was deleted."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class InputTokens(ResponseModel):
+    """The number of tokens of the prompt of a response."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: Count
+
+
+class ConversationReply(ResponseModel):
+    """A conversation, without its items."""
+
+    id: str
+    object: Literal["conversation"]
+    created_at: int
+    metadata: dict[str, str]
+
+
+class ConversationDeleted(ResponseModel):
+    """The confirmation that a conversation was deleted."""
+
+    id: str
+    object: Literal["conversation.deleted"]
+    deleted: Literal[True]
+
+
+class ItemReply(BaseModel):
+    """An item of a conversation: a message, a call, or its result."""
+
+    id: str
+    type: str
+
+
+class ItemPage(PageResponse[dict[str, Any]]):
+    """A page of items."""
 
 
 class ChatChunkChoice(ResponseModel):

@@ -52,6 +52,9 @@ class ServerSettings:
             context length.
         allow_pull: Whether requests may pull models of the catalogue and of the hub.
         is_strict: Whether a request field without effect is an error.
+        store_responses: Whether responses, conversations and chat completions may be stored.
+        max_stored_bytes: Limit on the texts of stored responses, in bytes.
+        max_stored_days: Age at which stored responses are deleted, in days.
         home: The data folder.
 
     Raises:
@@ -72,6 +75,9 @@ class ServerSettings:
     max_embedding_tokens: int | None = None
     allow_pull: bool = False
     is_strict: bool = False
+    store_responses: bool = True
+    max_stored_bytes: int = 256 * 2**20
+    max_stored_days: float = 30.0
     home: Path = field(default_factory=data_folder)
 
     def __post_init__(self) -> None:

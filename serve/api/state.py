@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from serve.api.errors import APIError
 from serve.api.request_context import context_of
+from serve.api.stored_responses import ResponseStore
 from serve.api.temp_files import TempFiles
 from serve.jobs.jobs import JobStore
 from serve.jobs.runner import JobRunner
@@ -27,6 +28,7 @@ class ServerState:
         registry: The served models.
         home: The data folder.
         store: Persistent objects and files.
+        responses: Stored responses and conversations.
         jobs: Fine-tuning jobs.
         job_runner: Runs the jobs.
         temp_files: Generated images, available for an hour.
@@ -39,6 +41,7 @@ class ServerState:
     registry: Registry
     home: Path
     store: Store
+    responses: ResponseStore
     jobs: JobStore
     job_runner: JobRunner
     temp_files: TempFiles

@@ -67,6 +67,12 @@ PROMISES: dict[str, dict[str, Promise]] = {
         "store": Promise("This server stores no conversations: leave 'store' out, or send false."),
         "web_search_options": Promise("This server has no web search."),
     },
+    "InputTokensBody": {
+        "prompt": Promise("This server stores no prompts: send their text in 'instructions'."),
+    },
+    "ResponseBody": {
+        "moderation": Promise("This server has no moderation model."),
+    },
     "EditBody": {
         "stream": Promise("Edits are not streamed: leave 'stream' out, or use a chat."),
     },
@@ -187,7 +193,7 @@ def is_unused(model: type[BaseModel], name: str) -> bool:
 def refuse_unused(fields: Iterable[Unused]) -> None:
     """Raise APIError for the first of the fields that is not a key of a message."""
     for field in fields:
-        if not field.path.startswith("messages["):
+        if not field.path.startswith(("messages[", "input[", "items[")):
             kind = "Unsupported" if field.is_declared else "Unknown"
             raise APIError(
                 400,

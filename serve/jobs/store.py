@@ -19,7 +19,7 @@ import sqlite3
 import string
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,6 +108,7 @@ class Store:
         run = self._database.execute
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = FULL")
+        run("PRAGMA secure_delete = ON")  # deleted texts are overwritten
         (version,) = run("PRAGMA user_version").fetchone()
         if version > VERSION:
             raise sqlite3.DatabaseError(
@@ -188,6 +189,52 @@ class Store:
                 (kind, id),
             )
             return cursor.rowcount > 0
+
+    def erase(self, kind: str, ids: Iterable[str]) -> None:
+        """Delete objects and their rows, and overwrite their bytes on the disk."""
+        with self._lock:
+            with self.transaction():
+                self._database.executemany(
+                    "DELETE FROM objects WHERE kind = ? AND id = ?", ((kind, id) for id in ids)
+                )
+            # The log still has the bytes; copy it into the database, where they are overwritten.
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def total_bytes(self, kinds: Sequence[str]) -> int:
+        """Return the size of the bodies of all objects of some kinds, in bytes."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT SUM(LENGTH(CAST(body AS BLOB))) FROM objects WHERE kind IN "
+                f"({', '.join('?' * len(kinds))})",
+                kinds,
+            ).fetchone()
+        return row[0] or 0
+
+    def erase_oldest(self, kinds: Sequence[str], *, stored_before: float, num_bytes: int) -> int:
+        """Erase the oldest objects of some kinds; return the size of their bodies in bytes.
+
+        Args:
+            kinds: the kinds, whose bodies have the field `stored_at`, in seconds since 1970.
+            stored_before: all objects that were stored before this time are erased.
+            num_bytes: number of bytes to free.
+        """
+        with self._lock:
+            rows = self._database.execute(
+                "SELECT kind, id, LENGTH(CAST(body AS BLOB)), json_extract(body, '$.stored_at') "
+                f"FROM objects WHERE kind IN ({', '.join('?' * len(kinds))}) ORDER BY position",
+                kinds,
+            )
+            oldest: dict[str, list[str]] = {}
+            erased = 0
+            with contextlib.closing(rows):  # an open cursor would lock the table
+                for kind, id, size, stored_at in rows:
+                    if erased >= num_bytes and stored_at >= stored_before:
+                        break
+                    oldest.setdefault(kind, []).append(id)
+                    erased += size
+            for kind, ids in oldest.items():
+                self.erase(kind, ids)
+        return erased
 
     def page(
         self,

@@ -63,7 +63,7 @@ async def create_chat_completion(request: Request) -> Response:
     model = await get_loaded_model(request, body.model, DecoderModel, needs_tools=needs_tools)
     _report_unused_variables(request, body, model)
     context = context_of(request.scope)
-    generation = await asyncio.to_thread(_build_generation, body, tools, model, context)
+    generation = await asyncio.to_thread(build_generation, body, tools, model, context)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -161,27 +161,44 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if not body.logprobs:
         return None
+    return {"content": chat_logprobs(encoding, tokens), "refusal": None}
+
+
+def chat_logprobs(encoding: Encoding, tokens: Sequence[TokenWithOffset]) -> list[dict[str, Any]]:
+    """Return the logprobs of tokens in the shape of chat completions and responses."""
 
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
         data = encoding.decode_single_token_bytes(id)
         return {"token": token_text(data), "logprob": clamp_logprob(logprob), "bytes": list(data)}
 
-    content = [
+    return [
         entry(token.id, token.logprob)
         | {"top_logprobs": [entry(*alternative) for alternative in token.top_logprobs]}
         for token in (item.token for item in tokens)
     ]
-    return {"content": content, "refusal": None}
 
 
-def _build_generation(
+def build_generation(
     body: ChatBody,
     tools: ToolSettings | None,
     model: DecoderModel,
     request_context: RequestContext,
+    wording: Wording = CHAT_WORDING,
 ) -> Generation:
+    """Return the generation of the choices of a chat request.
+
+    Args:
+        body: The request.
+        tools: Its tools.
+        model: The model.
+        request_context: As for `Generation`.
+        wording: The message for a conversation that is too long.
+
+    Raises:
+        APIError: As `encode_chat` and `Generation`, and 400 for tools that are not supported.
+    """
     token_ids = encode_chat(
-        CHAT_WORDING,
+        wording,
         model,
         template_messages(body.messages),
         functions=tools.functions if tools else (),
@@ -190,7 +207,7 @@ def _build_generation(
         variables=body.chat_template_kwargs,
     )
     max_tokens = resolve_max_tokens(
-        CHAT_WORDING,
+        wording,
         model.context,
         len(token_ids),
         body.max_completion_tokens or body.max_tokens,

@@ -1,0 +1,148 @@
+"""/v1/conversations: items that responses continue and add to.
+
+A conversation has no model. `POST /v1/responses` with its id puts its items before those of the
+request, and adds both the request's items and the generated ones when the response is finished.
+"""
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+
+from serve.api.errors import APIError
+from serve.api.openapi import route_docs
+from serve.api.pagination import ItemsQuery, page_of, read_query
+from serve.api.request_context import context_of
+from serve.api.requests import Body, Metadata, read_json
+from serve.api.response_items import Items, to_items
+from serve.api.responses import ConversationDeleted, ConversationReply, ItemPage, ItemReply
+from serve.api.state import state_of
+from serve.api.stored_responses import ResponseStore, no_such_object
+from serve.jobs.store import new_id
+
+router = APIRouter(prefix="/v1")
+
+MAX_ITEMS = 20  # in one request, as at OpenAI
+
+
+class ConversationBody(Body):
+    """Body of POST /v1/conversations."""
+
+    items: Annotated[Items, Field(max_length=MAX_ITEMS)] = []
+    metadata: Metadata = {}
+
+
+class ConversationUpdate(Body):
+    """Body of POST /v1/conversations/{id}."""
+
+    metadata: Metadata
+
+
+class NewItems(Body):
+    """Body of POST /v1/conversations/{id}/items."""
+
+    items: Annotated[Items, Field(min_length=1, max_length=MAX_ITEMS)]
+
+
+@router.post("/conversations", **route_docs(ConversationReply, ConversationBody))
+async def create_conversation(request: Request) -> dict[str, Any]:
+    """Create a conversation, with up to 20 items."""
+    body = await read_json(request, ConversationBody)
+    stored, owner = _stored(request)
+    if not stored.is_enabled:
+        raise APIError(400, "This server stores no conversations: it was started with --no-store.")
+    items = to_items(body.items, "items")
+    conversation = {
+        "id": new_id("conv_"),
+        "object": "conversation",
+        "created_at": int(time.time()),
+        "metadata": body.metadata,
+    }
+
+    def save() -> None:
+        stored.add("conversation", conversation["id"], owner, {"conversation": conversation})
+        stored.add_items(conversation["id"], owner, items)
+
+    await asyncio.to_thread(save)
+    return conversation
+
+
+@router.get("/conversations/{conversation_id}", **route_docs(ConversationReply))
+async def get_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
+    """Return a conversation without its items."""
+    stored, owner = _stored(request)
+    body = await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
+    return body["conversation"]
+
+
+@router.post(
+    "/conversations/{conversation_id}", **route_docs(ConversationReply, ConversationUpdate)
+)
+async def update_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
+    """Replace the metadata of a conversation."""
+    body = await read_json(request, ConversationUpdate)
+    stored, owner = _stored(request)
+    record = await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
+    conversation = record["conversation"] | {"metadata": body.metadata}
+    await asyncio.to_thread(
+        stored.update, "conversation", conversation_id, conversation=conversation
+    )
+    return conversation
+
+
+@router.delete("/conversations/{conversation_id}", **route_docs(ConversationDeleted))
+async def delete_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
+    """Delete a conversation and its items. Their bytes are overwritten."""
+    stored, owner = _stored(request)
+    await asyncio.to_thread(stored.delete, "conversation", conversation_id, owner)
+    return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
+
+
+@router.get("/conversations/{conversation_id}/items", **route_docs(ItemPage))
+async def list_items(request: Request, conversation_id: str) -> dict[str, Any]:
+    """List the items of a conversation."""
+    query = read_query(request, ItemsQuery)
+    items = await _items(request, conversation_id)
+    return page_of(items, query, newest_first=query.order == "desc")
+
+
+@router.post("/conversations/{conversation_id}/items", **route_docs(ItemPage, NewItems))
+async def create_items(request: Request, conversation_id: str) -> dict[str, Any]:
+    """Add up to 20 items to a conversation."""
+    body = await read_json(request, NewItems)
+    stored, owner = _stored(request)
+    await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
+    items = to_items(body.items, "items")
+    await asyncio.to_thread(stored.add_items, conversation_id, owner, items)
+    return page_of(items, ItemsQuery(limit=MAX_ITEMS), newest_first=False)
+
+
+@router.get("/conversations/{conversation_id}/items/{item_id}", **route_docs(ItemReply))
+async def get_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
+    """Return an item of a conversation."""
+    for item in await _items(request, conversation_id):
+        if item["id"] == item_id:
+            return item
+    raise no_such_object("conversation.item", item_id)
+
+
+@router.delete("/conversations/{conversation_id}/items/{item_id}", **route_docs(ConversationReply))
+async def delete_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
+    """Delete an item of a conversation."""
+    await get_item(request, conversation_id, item_id)
+    stored, owner = _stored(request)
+    await asyncio.to_thread(stored.delete, "conversation.item", item_id, owner)
+    return await get_conversation(request, conversation_id)
+
+
+async def _items(request: Request, conversation_id: str) -> list[dict[str, Any]]:
+    stored, owner = _stored(request)
+    await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
+    return await asyncio.to_thread(stored.items, conversation_id)
+
+
+def _stored(request: Request) -> tuple[ResponseStore, str]:
+    return state_of(request).responses, context_of(request.scope).owner

@@ -1,0 +1,439 @@
+"""/v1/responses: answer a conversation that the server can store.
+
+A request is translated to a chat request (`serve/api/response_requests.py`), and the generated text
+to items (`serve/api/response_events.py`). With `store` (the default) the response can be read later
+and continued with `previous_response_id` or in a conversation (`serve/api/stored_responses.py`).
+
+Left out: tools that OpenAI's servers run, such as web search, and prompts that they store.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve.api.context_window import RESPONSE_WORDING
+from serve.api.errors import APIError, as_api_error, missing_parameter
+from serve.api.generation import Generation, Usage
+from serve.api.message_deltas import DeltaReader
+from serve.api.openapi import route_docs
+from serve.api.pagination import ItemsQuery, page_of, read_query
+from serve.api.request_context import context_of
+from serve.api.requests import (
+    Body,
+    Message,
+    read_json,
+)
+from serve.api.response_events import Event, ResponseWriter, replay
+from serve.api.response_items import to_items, to_messages
+from serve.api.response_requests import (
+    ConversationName,
+    InputTokensBody,
+    ResponseBody,
+    response_params,
+    to_chat_body,
+)
+from serve.api.responses import (
+    InputTokens,
+    ItemPage,
+    ResponseDeleted,
+    ResponseEvent,
+    ResponseReply,
+)
+from serve.api.routes.chat import build_generation, chat_logprobs
+from serve.api.sse import cancel_on_disconnect, event_stream
+from serve.api.state import get_loaded_model, state_of
+from serve.api.stored_responses import BackgroundRun, ResponseStore
+from serve.api.tools import ToolSettings, read_tools
+from serve.jobs.store import new_id
+from serve.models.decoder import DecoderModel
+
+router = APIRouter(prefix="/v1")
+
+# --- create -----------------------------------------------------------------------------------
+
+
+@router.post("/responses", **route_docs(ResponseReply, ResponseBody, events=ResponseEvent))
+async def create_response(request: Request) -> Response:
+    """Generate the next items of a conversation."""
+    body = await read_json(request, ResponseBody)
+    stored = state_of(request).responses
+    owner = context_of(request.scope).owner
+    is_stored = body.store and stored.is_enabled
+    if body.background and not is_stored:
+        raise APIError(
+            400,
+            "A response in the background must be stored, so that it can be read later: leave "
+            "'store' out, and start the server without --no-store.",
+            param="background",
+            code="invalid_value",
+        )
+    history = await asyncio.to_thread(_history, stored, owner, body)
+    items = await asyncio.to_thread(_resolve_references, stored, owner, to_items(body.input))
+    generation, tools = await _generation(request, body, history, items)
+    response = _response(body, generation, tools, is_stored=is_stored)
+    writer = ResponseWriter(response)
+    events = _events(writer, generation, tools)
+    if is_stored:
+        record = {"response": response, "input": [*history, *items], "parts": []}
+        await asyncio.to_thread(stored.add, "response", response["id"], owner, record)
+        conversation = None if body.conversation is None else response["conversation"]["id"]
+        events = _store_at_end(stored, owner, writer, events, items, conversation)
+    if body.background:
+        run = stored.running[response["id"]] = BackgroundRun()
+        run.task = asyncio.create_task(run.collect(events))
+        run.task.add_done_callback(lambda _: stored.running.pop(response["id"], None))
+        if body.stream:
+            return await event_stream(request, run.follow(), named=True)
+        return JSONResponse(response)
+    if body.stream:
+        return await event_stream(request, events, named=True)
+    last = await cancel_on_disconnect(request.receive, _last(events))
+    if (error := last["response"]["error"]) is not None:
+        raise writer.error or APIError(500, error["message"], type="server_error")
+    return JSONResponse(last["response"])
+
+
+async def _events(
+    writer: ResponseWriter, generation: Generation, tools: ToolSettings | None
+) -> AsyncGenerator[Event, None]:
+    """Yield the events of a response. An error after the first token is an event, too."""
+    reader = DeltaReader(tools, generation.model)
+    include_logprobs = generation.requests[0].top_logprobs is not None
+    encoding = generation.model.tokenizer.encoding
+    has_begun = writer.response["background"]
+    if has_begun:
+        for event in writer.begin():
+            yield event
+    try:
+        async with aclosing(generation.text_deltas()) as deltas:
+            async for _, delta in deltas:
+                if not has_begun:  # an error before this is an HTTP error
+                    has_begun = True
+                    for event in writer.begin():
+                        yield event
+                for fields, tokens in reader.read(delta):
+                    logprobs = chat_logprobs(encoding, tokens) if include_logprobs else []
+                    for part in _parts(fields, logprobs):
+                        for event in writer.write(part):
+                            yield event
+                if delta.finish_reason:
+                    reason = reader.finish_reason(delta.finish_reason)
+                    for event in writer.end(reason, _usage(generation.usage)):
+                        yield event
+    except Exception as error:
+        if not has_begun:
+            raise
+        writer.error = as_api_error(error)
+        yield writer.fail(writer.error.message)
+
+
+def _parts(fields: dict[str, Any], logprobs: list[dict[str, Any]]) -> Iterator[list[Any]]:
+    """Yield the parts of a response that a delta of a chat message stands for."""
+    if "content" in fields:
+        yield ["text", fields["content"], logprobs]
+    for call in fields.get("tool_calls", ()):
+        if "id" in call:
+            yield ["call", call["id"], call["function"]["name"]]
+        if call["function"]["arguments"]:
+            yield ["arguments", call["function"]["arguments"]]
+
+
+async def _store_at_end(
+    stored: ResponseStore,
+    owner: str,
+    writer: ResponseWriter,
+    events: AsyncGenerator[Event, None],
+    items: list[dict[str, Any]],
+    conversation: str | None,
+) -> AsyncGenerator[Event, None]:
+    """Yield events, and store the response before the last one."""
+    id = writer.response["id"]
+
+    def save() -> None:
+        stored.update("response", id, response=writer.response, parts=writer.parts)
+        if conversation is not None and writer.response["status"] in ("completed", "incomplete"):
+            stored.add_items(conversation, owner, [*items, *writer.response["output"]])
+
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if event["type"].rpartition(".")[2] in ("completed", "incomplete", "failed"):
+                    await asyncio.to_thread(save)
+                yield event
+    finally:
+        if writer.response["status"] in ("queued", "in_progress"):  # cancelled, or client left
+            writer.response["status"] = "cancelled"
+            save()
+
+
+async def _last(events: AsyncGenerator[Event, None]) -> Event:
+    last: Event | None = None
+    async with aclosing(events):
+        async for event in events:
+            last = event
+    assert last is not None
+    return last
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _response(
+    body: ResponseBody, generation: Generation, tools: ToolSettings | None, *, is_stored: bool
+) -> dict[str, Any]:
+    """Return a response without output in OpenAI's shape."""
+    params = generation.requests[0].sampling_params
+    response = {
+        "id": new_id("resp_"),
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "queued" if body.background else "in_progress",
+        "background": body.background,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "model": generation.model.id,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "previous_response_id": body.previous_response_id,
+        "reasoning": {"effort": None, "summary": None},
+        "service_tier": "default",
+        "store": is_stored,
+        "temperature": params.temperature,
+        "text": {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)},
+        "tool_choice": _dump(body.tool_choice) or "auto",
+        "tools": [_dump(tool) | {"strict": tool.strict or False} for tool in body.tools],
+        "top_logprobs": body.top_logprobs,
+        "top_p": params.top_p,
+        "truncation": body.truncation,
+        "usage": None,
+        "user": body.user,
+        "metadata": body.metadata,
+    }
+    if body.conversation is not None:
+        response["conversation"] = {"id": _id(body.conversation)}
+    return response
+
+
+def _dump(value: Any) -> Any:
+    return value.model_dump(exclude_none=True) if isinstance(value, Body) else value
+
+
+def _id(conversation: str | ConversationName) -> str:
+    return conversation if isinstance(conversation, str) else conversation.id
+
+
+# --- the conversation -------------------------------------------------------------------------
+
+
+def _history(stored: ResponseStore, owner: str, body: InputTokensBody) -> list[dict[str, Any]]:
+    """Return the items before those of the request: of its conversation or previous response."""
+    if body.previous_response_id is not None and body.conversation is not None:
+        raise APIError(
+            400,
+            "Only one of 'previous_response_id' and 'conversation' can be set.",
+            param="conversation",
+            code="invalid_value",
+        )
+    if body.conversation is not None:
+        id = _id(body.conversation)
+        stored.get("conversation", id, owner)
+        return stored.items(id)
+    if (id := body.previous_response_id) is None:
+        return []
+    try:
+        record = stored.get("response", id, owner)
+    except APIError:
+        raise APIError(
+            400,
+            f"Previous response with id '{id[:80]}' not found.",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        ) from None
+    if record["response"]["status"] not in ("completed", "incomplete"):
+        raise APIError(
+            400,
+            f"The previous response '{id}' has the status '{record['response']['status']}': only a "
+            "completed or incomplete response can be continued.",
+            param="previous_response_id",
+            code="invalid_value",
+        )
+    return [*record["input"], *record["response"]["output"]]
+
+
+def _resolve_references(
+    stored: ResponseStore, owner: str, items: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return items with the stored items in the place of references to them."""
+    resolved = []
+    for index, item in enumerate(items):
+        if item["type"] == "item_reference":
+            item = stored.find_item(item["id"], owner, param=f"input[{index}].id")
+        resolved.append(item)
+    return resolved
+
+
+async def _generation(
+    request: Request,
+    body: InputTokensBody,
+    history: list[dict[str, Any]],
+    items: list[dict[str, Any]],
+) -> tuple[Generation, ToolSettings | None]:
+    """Return the generation of a response, and its tools."""
+    with response_params():
+        chat = to_chat_body(body, [])
+        tools = read_tools(chat)
+        model = await get_loaded_model(
+            request, body.model, DecoderModel, needs_tools=bool(body.tools)
+        )
+        start = [Message(role="system", content=body.instructions)] if body.instructions else []
+        while True:
+            chat.messages = start + to_messages([*history, *items], num_stored=len(history))
+            if not chat.messages:
+                raise missing_parameter("input")
+            try:
+                generation = await asyncio.to_thread(
+                    build_generation,
+                    chat,
+                    tools,
+                    model,
+                    context_of(request.scope),
+                    RESPONSE_WORDING,
+                )
+                return generation, tools
+            except APIError as error:
+                if body.truncation == "disabled" or error.code != "context_length_exceeded":
+                    raise
+                history, items = _truncate(history, items, error)
+
+
+def _truncate(
+    history: list[dict[str, Any]], items: list[dict[str, Any]], error: APIError
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Drop the oldest turn of a conversation: the items before its second user message.
+
+    Raises:
+        APIError: `error`, if there is only one turn.
+    """
+    conversation = [*history, *items]
+    turns = [index for index, item in enumerate(conversation) if item.get("role") == "user"]
+    if len(turns) < 2:
+        raise error
+    end = turns[1]
+    # Instructions in the conversation stay.
+    kept = [item for item in conversation[:end] if item.get("role") in ("system", "developer")]
+    return kept, conversation[end:]
+
+
+# --- read, cancel, delete ---------------------------------------------------------------------
+
+
+class RetrieveQuery(Body):
+    """Query parameters of GET /v1/responses/{id}."""
+
+    stream: bool = False
+    starting_after: int | None = None
+
+
+@router.post("/responses/input_tokens", **route_docs(InputTokens, InputTokensBody))
+async def count_input_tokens(request: Request) -> dict[str, Any]:
+    """Count the tokens of a request for a response, without computing it."""
+    body = await read_json(request, InputTokensBody)
+    stored, owner = state_of(request).responses, context_of(request.scope).owner
+    history = await asyncio.to_thread(_history, stored, owner, body)
+    items = await asyncio.to_thread(_resolve_references, stored, owner, to_items(body.input))
+    generation, _ = await _generation(request, body, history, items)
+    return {"object": "response.input_tokens", "input_tokens": generation.usage.prompt_tokens}
+
+
+@router.get("/responses/{response_id}", **route_docs(ResponseReply, events=ResponseEvent))
+async def get_response(request: Request, response_id: str) -> Response:
+    """Return a stored response, or its events from a sequence number on."""
+    query = read_query(request, RetrieveQuery)
+    stored = state_of(request).responses
+    record = await asyncio.to_thread(
+        stored.get, "response", response_id, context_of(request.scope).owner
+    )
+    if not query.stream:
+        return JSONResponse(record["response"])
+    first = -1 if query.starting_after is None else query.starting_after
+
+    async def events() -> AsyncGenerator[Event, None]:
+        if (run := stored.running.get(response_id)) is not None:
+            async for event in run.follow():
+                yield event
+        else:
+            for event in replay(record["response"], record["parts"]):
+                yield event
+
+    return await event_stream(request, _after(events(), first), named=True)
+
+
+async def _after(
+    events: AsyncGenerator[Event, None], sequence_number: int
+) -> AsyncGenerator[Event, None]:
+    is_empty = True
+    async with aclosing(events):
+        async for event in events:
+            if event["sequence_number"] > sequence_number:
+                is_empty = False
+                yield event
+    if is_empty:
+        raise APIError(
+            400,
+            f"Invalid 'starting_after': the response has no event after {sequence_number}.",
+            param="starting_after",
+            code="invalid_value",
+        )
+
+
+@router.get("/responses/{response_id}/input_items", **route_docs(ItemPage))
+async def list_input_items(request: Request, response_id: str) -> dict[str, Any]:
+    """List the items from which a response was generated."""
+    query = read_query(request, ItemsQuery)
+    record = await asyncio.to_thread(
+        state_of(request).responses.get, "response", response_id, context_of(request.scope).owner
+    )
+    return page_of(record["input"], query, newest_first=query.order == "desc")
+
+
+@router.post("/responses/{response_id}/cancel", **route_docs(ResponseReply))
+async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
+    """Cancel a response that is computed in the background."""
+    stored, owner = state_of(request).responses, context_of(request.scope).owner
+    record = await asyncio.to_thread(stored.get, "response", response_id, owner)
+    if not record["response"]["background"]:
+        raise APIError(400, "Cannot cancel a synchronous response.", code="invalid_value")
+    if (run := stored.running.get(response_id)) is not None and run.task is not None:
+        run.task.cancel()
+        await asyncio.wait([run.task])
+        record = await asyncio.to_thread(stored.get, "response", response_id, owner)
+    return record["response"]
+
+
+@router.delete("/responses/{response_id}", **route_docs(ResponseDeleted))
+async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
+    """Delete a stored response. Its bytes are overwritten."""
+    stored = state_of(request).responses
+    if (run := stored.running.get(response_id)) is not None and run.task is not None:
+        stored.get("response", response_id, context_of(request.scope).owner)  # 404 for others
+        run.task.cancel()
+        await asyncio.wait([run.task])
+    await asyncio.to_thread(stored.delete, "response", response_id, context_of(request.scope).owner)
+    return {"id": response_id, "object": "response", "deleted": True}

@@ -1,0 +1,193 @@
+"""Stored responses, conversations and chat completions: who may read them, and for how long.
+
+They are objects of the server's store (`serve/jobs/store.py`). Each has an owner, the API key that
+created it; for other keys it does not exist. The texts of all of them are limited in bytes and in
+days: the oldest are deleted first. A deleted text is overwritten on the disk.
+
+A response that runs in the background belongs to an asyncio task. Its events are kept in memory
+until it ends, so that several clients can follow it.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.api.errors import APIError
+from serve.api.response_events import Event
+from serve.jobs.store import JsonObject, Store
+
+KINDS = ("response", "chat.completion", "conversation", "conversation.item")
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass
+class BackgroundRun:
+    """A response that is being computed in the background.
+
+    Attributes:
+        task: The task that computes it.
+        events: Its events so far.
+        changed: Notified after each event, and at the end.
+        is_finished: Whether no event follows.
+    """
+
+    task: asyncio.Task[None] | None = None
+    events: list[Event] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    is_finished: bool = False
+
+    async def collect(self, events: AsyncGenerator[Event, None]) -> None:
+        """Compute the events."""
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    async with self.changed:
+                        self.events.append(event)
+                        self.changed.notify_all()
+        finally:
+            self.is_finished = True
+            async with self.changed:
+                self.changed.notify_all()
+
+    async def follow(self) -> AsyncGenerator[Event, None]:
+        """Yield all events, as they arrive."""
+        count = 0
+        while True:
+            async with self.changed:
+                while len(self.events) == count and not self.is_finished:
+                    await self.changed.wait()
+            is_finished = self.is_finished
+            while count < len(self.events):
+                yield self.events[count]
+                count += 1
+            if is_finished:
+                return
+
+
+class ResponseStore:
+    """The stored texts of a server.
+
+    Args:
+        store: The store of the server.
+        is_enabled: Whether requests may store; otherwise nothing is written.
+        max_bytes: Limit on the JSON of all objects, in bytes.
+        max_days: Age at which objects are deleted, in days.
+    """
+
+    def __init__(self, store: Store, *, is_enabled: bool, max_bytes: int, max_days: float):
+        self._store, self.is_enabled = store, is_enabled
+        self._max_bytes, self._max_seconds = max_bytes, max_days * SECONDS_PER_DAY
+        self.running: dict[str, BackgroundRun] = {}
+        self._fail_interrupted()
+        self._num_bytes = store.total_bytes(KINDS)
+        self._prune()
+
+    def add(self, kind: str, id: str, owner: str, body: JsonObject, parent: str = "") -> None:
+        """Store an object; the oldest ones are deleted if there is no room."""
+        body = body | {"owner": owner, "stored_at": time.time()}
+        self._num_bytes += len(json.dumps(body))
+        self._store.add(kind, id, body, parent)
+        self._prune()
+
+    def get(self, kind: str, id: str, owner: str) -> JsonObject:
+        """Return the body of an object.
+
+        Raises:
+            APIError: 404 if it does not exist, or belongs to another key.
+        """
+        body = self._store.get(kind, id)
+        if body is None or body["owner"] != owner or self._is_expired(body):
+            raise no_such_object(kind, id)
+        return body
+
+    def update(self, kind: str, id: str, **fields: Any) -> None:
+        """Set fields of an object's body; without effect if it was deleted meanwhile."""
+        try:
+            self._num_bytes += len(json.dumps(fields))
+            self._store.update(kind, id, **fields)
+        except KeyError:
+            return
+        self._prune()
+
+    def delete(self, kind: str, id: str, owner: str) -> None:
+        """Delete an object and overwrite its bytes.
+
+        Raises:
+            APIError: 404 if it does not exist, or belongs to another key.
+        """
+        body = self.get(kind, id, owner)
+        if kind == "conversation":
+            items = [item["id"] for item in self.items(id)]
+            self._store.erase("conversation.item", items)
+        self._store.erase(kind, [id])
+        self._num_bytes -= len(json.dumps(body))
+
+    def add_items(self, conversation: str, owner: str, items: Sequence[JsonObject]) -> None:
+        """Append items to a conversation."""
+        for item in items:
+            self.add("conversation.item", item["id"], owner, {"item": item}, conversation)
+
+    def items(self, conversation: str) -> list[JsonObject]:
+        """Return all items of a conversation, oldest first."""
+        bodies, _ = self._store.page("conversation.item", parent=conversation)
+        return [body["item"] for body in bodies]
+
+    def find_item(self, id: str, owner: str, param: str) -> JsonObject:
+        """Return the item with an id, of a conversation or of the output of a response.
+
+        Raises:
+            APIError: 404 if there is none; `param` is the field that holds the id.
+        """
+        body = self._store.get("conversation.item", id)
+        if body is not None and body["owner"] == owner:
+            return body["item"]
+        # The id of an output item starts with that of its response; see `ResponseWriter`.
+        body = self._store.get("response", f"resp_{id.partition('_')[2][:-3]}")
+        if body is not None and body["owner"] == owner:
+            for item in [*body["input"], *body["response"]["output"]]:
+                if item["id"] == id:
+                    return item
+        raise no_such_object("conversation.item", id, param)
+
+    def _is_expired(self, body: JsonObject) -> bool:
+        return body["stored_at"] + self._max_seconds < time.time()
+
+    def _prune(self) -> None:
+        """Delete expired objects, and the oldest ones until all others fit."""
+        if self._num_bytes > self._max_bytes:  # an estimate: updates count old fields as well
+            self._num_bytes = self._store.total_bytes(KINDS)
+        self._num_bytes -= self._store.erase_oldest(
+            KINDS,
+            stored_before=time.time() - self._max_seconds,
+            num_bytes=self._num_bytes - self._max_bytes,
+        )
+
+    def _fail_interrupted(self) -> None:
+        """Mark responses as failed that an earlier server was computing when it ended."""
+        interrupted, _ = self._store.page(
+            "response",
+            predicate=lambda body: body["response"]["status"] in ("queued", "in_progress"),
+        )
+        error = {"code": "server_error", "message": "The server stopped before it had finished."}
+        for body in interrupted:
+            response = body["response"] | {"status": "failed", "error": error}
+            self._store.update("response", response["id"], response=response)
+
+
+_NAMES = {
+    "response": "Response",
+    "chat.completion": "Chat completion",
+    "conversation": "Conversation",
+    "conversation.item": "Item",
+}
+
+
+def no_such_object(kind: str, id: str, param: str | None = None) -> APIError:
+    """Return the 404 error for a missing object of a kind."""
+    return APIError(
+        404, f"{_NAMES[kind]} with id '{id[:80]}' not found.", param=param, code="not_found"
+    )
