@@ -37,6 +37,7 @@ from serve.api.routes import (
     pages,
     rerank,
     responses,
+    stored_chat,
     tokens,
 )
 from serve.api.routes.legacy import edits, engines, fine_tunes
@@ -134,7 +135,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     )
     # Paths that contain an engine id match greedily, so longer paths are registered first.
     routes = (health, models, manage_models, chat, completions, edits, embeddings, rerank)
-    routes += (responses, conversations, audio, images)
+    routes += (stored_chat, responses, conversations, audio, images)
     routes += (files, fine_tuning, fine_tunes)
     routes += (engines, tokens, pages)
     for route in routes:

@@ -444,7 +444,8 @@ class ChatBody(GenerationBody):
         ]
         | None
     ) = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
+    store: bool = False
     safety_identifier: Annotated[str | None, Field(max_length=64), UNUSED] = None
     prompt_cache_key: Annotated[str | None, UNUSED] = None
     prompt_cache_retention: Annotated[Literal["in_memory", "in-memory", "24h"] | None, UNUSED] = (

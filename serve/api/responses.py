@@ -287,6 +287,18 @@ class ChatCompletion(ResponseModel):
     prompt_logprobs: PromptLogprobs | None = None
 
 
+class ChatCompletions(PageResponse[ChatCompletion]):
+    """A page of stored chat completions."""
+
+
+class ChatCompletionDeleted(ResponseModel):
+    """The confirmation that a stored chat completion was deleted."""
+
+    id: str
+    object: Literal["chat.completion.deleted"]
+    deleted: Literal[True]
+
+
 class FunctionCallDelta(ResponseModel):
     """The next part of a called function: first its name, then pieces of its arguments."""
 

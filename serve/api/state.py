@@ -56,6 +56,11 @@ def state_of(request: Request) -> ServerState:
     return request.app.state
 
 
+def stored_of(request: Request) -> tuple[ResponseStore, str]:
+    """Return the stored responses of the application, and the owner of those of ``request``."""
+    return state_of(request).responses, context_of(request.scope).owner
+
+
 async def refresh_models(request: Request) -> None:
     """Read newly pulled models before a route looks one up: a dependency of every route."""
     await state_of(request).registry.refresh()

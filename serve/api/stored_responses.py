@@ -100,7 +100,7 @@ class ResponseStore:
             APIError: 404 if it does not exist, or belongs to another key.
         """
         body = self._store.get(kind, id)
-        if body is None or body["owner"] != owner or self._is_expired(body):
+        if body is None or not self.is_readable(body, owner):
             raise no_such_object(kind, id)
         return body
 
@@ -153,8 +153,15 @@ class ResponseStore:
                     return item
         raise no_such_object("conversation.item", id, param)
 
-    def _is_expired(self, body: JsonObject) -> bool:
-        return body["stored_at"] + self._max_seconds < time.time()
+    async def stop(self, id: str) -> None:
+        """Stop a response that is computed in the background, and wait until it has stopped."""
+        if (run := self.running.get(id)) is not None and run.task is not None:
+            run.task.cancel()
+            await asyncio.wait([run.task])
+
+    def is_readable(self, body: JsonObject, owner: str) -> bool:
+        """Return whether an object belongs to a key and has not expired."""
+        return body["owner"] == owner and body["stored_at"] + self._max_seconds >= time.time()
 
     def _prune(self) -> None:
         """Delete expired objects, and the oldest ones until all others fit."""

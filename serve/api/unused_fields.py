@@ -64,7 +64,6 @@ PROMISES: dict[str, dict[str, Promise]] = {
         "audio": Promise("The models generate text only."),
         "modalities": Promise("The models generate text only: use ['text'].", (["text"],)),
         "moderation": Promise("This server has no moderation model."),
-        "store": Promise("This server stores no conversations: leave 'store' out, or send false."),
         "web_search_options": Promise("This server has no web search."),
     },
     "InputTokensBody": {

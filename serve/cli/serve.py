@@ -92,6 +92,16 @@ def serve(
             "header x-pellucid-ignored.",
         ),
     ] = False,
+    no_store: Annotated[
+        bool,
+        typer.Option("--no-store", help="Store no responses, conversations or chat completions."),
+    ] = False,
+    store_mb: Annotated[
+        int, typer.Option(min=1, help="Stored responses in MiB; the oldest are deleted first.")
+    ] = 256,
+    store_days: Annotated[
+        float, typer.Option(min=0, help="Days after which stored responses are deleted.")
+    ] = 30.0,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Log as text lines, or as JSON objects.")
     ] = "text",
@@ -112,6 +122,9 @@ def serve(
             answer_timeout=answer_timeout,
             allow_pull=allow_pull,
             is_strict=strict,
+            store_responses=not no_store,
+            max_stored_bytes=store_mb * 2**20,
+            max_stored_days=store_days,
         )
     except ValueError as error:
         raise WrongUsage(str(error)) from None

@@ -36,6 +36,7 @@ from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import ChatBody, FunctionDefinition, read_json, report_unused
 from serve.api.responses import ChatChunk, ChatCompletion
+from serve.api.routes.stored_chat import check_store, store_completion, store_streamed
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model
 from serve.api.structured_output import compile_output_grammar
@@ -58,6 +59,8 @@ async def create_chat_completion(request: Request) -> Response:
     """Generate the next message of a conversation."""
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
+    if body.store:
+        check_store(request)
     tools = read_tools(body)
     needs_tools = bool(body.tools or body.functions)
     model = await get_loaded_model(request, body.model, DecoderModel, needs_tools=needs_tools)
@@ -73,24 +76,28 @@ async def create_chat_completion(request: Request) -> Response:
         "system_fingerprint": model.fingerprint,
     }
     if body.stream:
-        return await event_stream(request, _chunks(body, tools, generation, head))
+        chunks = _chunks(body, tools, generation, head)
+        if body.store:
+            chunks = store_streamed(request, body, chunks)
+        return await event_stream(request, chunks)
     choices = await cancel_on_disconnect(request.receive, generation.choices())
     extra = {}
     if body.prompt_logprobs is not None:
         extra["prompt_logprobs"] = prompt_logprobs_to_api(
             model.tokenizer.encoding, generation.prompt_logprobs[0]
         )
-    return JSONResponse(
-        {
-            **head,
-            "choices": [
-                _choice(index, choice, body, tools, model) for index, choice in enumerate(choices)
-            ],
-            "usage": generation.usage.to_api(),
-            "metadata": body.metadata,
-            **extra,
-        }
-    )
+    completion = {
+        **head,
+        "choices": [
+            _choice(index, choice, body, tools, model) for index, choice in enumerate(choices)
+        ],
+        "usage": generation.usage.to_api(),
+        "metadata": body.metadata,
+        **extra,
+    }
+    if body.store:
+        await store_completion(request, body, completion)
+    return JSONResponse(completion)
 
 
 def _choice(

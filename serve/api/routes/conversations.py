@@ -15,12 +15,11 @@ from starlette.requests import Request
 from serve.api.errors import APIError
 from serve.api.openapi import route_docs
 from serve.api.pagination import ItemsQuery, page_of, read_query
-from serve.api.request_context import context_of
 from serve.api.requests import Body, Metadata, read_json
 from serve.api.response_items import Items, to_items
 from serve.api.responses import ConversationDeleted, ConversationReply, ItemPage, ItemReply
-from serve.api.state import state_of
-from serve.api.stored_responses import ResponseStore, no_such_object
+from serve.api.state import stored_of
+from serve.api.stored_responses import no_such_object
 from serve.jobs.store import new_id
 
 router = APIRouter(prefix="/v1")
@@ -51,7 +50,7 @@ class NewItems(Body):
 async def create_conversation(request: Request) -> dict[str, Any]:
     """Create a conversation, with up to 20 items."""
     body = await read_json(request, ConversationBody)
-    stored, owner = _stored(request)
+    stored, owner = stored_of(request)
     if not stored.is_enabled:
         raise APIError(400, "This server stores no conversations: it was started with --no-store.")
     items = to_items(body.items, "items")
@@ -73,7 +72,7 @@ async def create_conversation(request: Request) -> dict[str, Any]:
 @router.get("/conversations/{conversation_id}", **route_docs(ConversationReply))
 async def get_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
     """Return a conversation without its items."""
-    stored, owner = _stored(request)
+    stored, owner = stored_of(request)
     body = await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
     return body["conversation"]
 
@@ -84,7 +83,7 @@ async def get_conversation(request: Request, conversation_id: str) -> dict[str, 
 async def update_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
     """Replace the metadata of a conversation."""
     body = await read_json(request, ConversationUpdate)
-    stored, owner = _stored(request)
+    stored, owner = stored_of(request)
     record = await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
     conversation = record["conversation"] | {"metadata": body.metadata}
     await asyncio.to_thread(
@@ -96,7 +95,7 @@ async def update_conversation(request: Request, conversation_id: str) -> dict[st
 @router.delete("/conversations/{conversation_id}", **route_docs(ConversationDeleted))
 async def delete_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
     """Delete a conversation and its items. Their bytes are overwritten."""
-    stored, owner = _stored(request)
+    stored, owner = stored_of(request)
     await asyncio.to_thread(stored.delete, "conversation", conversation_id, owner)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
@@ -113,7 +112,7 @@ async def list_items(request: Request, conversation_id: str) -> dict[str, Any]:
 async def create_items(request: Request, conversation_id: str) -> dict[str, Any]:
     """Add up to 20 items to a conversation."""
     body = await read_json(request, NewItems)
-    stored, owner = _stored(request)
+    stored, owner = stored_of(request)
     await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
     items = to_items(body.items, "items")
     await asyncio.to_thread(stored.add_items, conversation_id, owner, items)
@@ -133,16 +132,12 @@ async def get_item(request: Request, conversation_id: str, item_id: str) -> dict
 async def delete_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
     """Delete an item of a conversation."""
     await get_item(request, conversation_id, item_id)
-    stored, owner = _stored(request)
+    stored, owner = stored_of(request)
     await asyncio.to_thread(stored.delete, "conversation.item", item_id, owner)
     return await get_conversation(request, conversation_id)
 
 
 async def _items(request: Request, conversation_id: str) -> list[dict[str, Any]]:
-    stored, owner = _stored(request)
+    stored, owner = stored_of(request)
     await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
     return await asyncio.to_thread(stored.items, conversation_id)
-
-
-def _stored(request: Request) -> tuple[ResponseStore, str]:
-    return state_of(request).responses, context_of(request.scope).owner

@@ -47,7 +47,7 @@ from serve.api.responses import (
 )
 from serve.api.routes.chat import build_generation, chat_logprobs
 from serve.api.sse import cancel_on_disconnect, event_stream
-from serve.api.state import get_loaded_model, state_of
+from serve.api.state import get_loaded_model, stored_of
 from serve.api.stored_responses import BackgroundRun, ResponseStore
 from serve.api.tools import ToolSettings, read_tools
 from serve.jobs.store import new_id
@@ -62,8 +62,7 @@ router = APIRouter(prefix="/v1")
 async def create_response(request: Request) -> Response:
     """Generate the next items of a conversation."""
     body = await read_json(request, ResponseBody)
-    stored = state_of(request).responses
-    owner = context_of(request.scope).owner
+    stored, owner = stored_of(request)
     is_stored = body.store and stored.is_enabled
     if body.background and not is_stored:
         raise APIError(
@@ -355,7 +354,7 @@ class RetrieveQuery(Body):
 async def count_input_tokens(request: Request) -> dict[str, Any]:
     """Count the tokens of a request for a response, without computing it."""
     body = await read_json(request, InputTokensBody)
-    stored, owner = state_of(request).responses, context_of(request.scope).owner
+    stored, owner = stored_of(request)
     history = await asyncio.to_thread(_history, stored, owner, body)
     items = await asyncio.to_thread(_resolve_references, stored, owner, to_items(body.input))
     generation, _ = await _generation(request, body, history, items)
@@ -366,10 +365,8 @@ async def count_input_tokens(request: Request) -> dict[str, Any]:
 async def get_response(request: Request, response_id: str) -> Response:
     """Return a stored response, or its events from a sequence number on."""
     query = read_query(request, RetrieveQuery)
-    stored = state_of(request).responses
-    record = await asyncio.to_thread(
-        stored.get, "response", response_id, context_of(request.scope).owner
-    )
+    stored, owner = stored_of(request)
+    record = await asyncio.to_thread(stored.get, "response", response_id, owner)
     if not query.stream:
         return JSONResponse(record["response"])
     first = -1 if query.starting_after is None else query.starting_after
@@ -407,33 +404,28 @@ async def _after(
 async def list_input_items(request: Request, response_id: str) -> dict[str, Any]:
     """List the items from which a response was generated."""
     query = read_query(request, ItemsQuery)
-    record = await asyncio.to_thread(
-        state_of(request).responses.get, "response", response_id, context_of(request.scope).owner
-    )
+    stored, owner = stored_of(request)
+    record = await asyncio.to_thread(stored.get, "response", response_id, owner)
     return page_of(record["input"], query, newest_first=query.order == "desc")
 
 
 @router.post("/responses/{response_id}/cancel", **route_docs(ResponseReply))
 async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
     """Cancel a response that is computed in the background."""
-    stored, owner = state_of(request).responses, context_of(request.scope).owner
+    stored, owner = stored_of(request)
     record = await asyncio.to_thread(stored.get, "response", response_id, owner)
     if not record["response"]["background"]:
         raise APIError(400, "Cannot cancel a synchronous response.", code="invalid_value")
-    if (run := stored.running.get(response_id)) is not None and run.task is not None:
-        run.task.cancel()
-        await asyncio.wait([run.task])
-        record = await asyncio.to_thread(stored.get, "response", response_id, owner)
+    await stored.stop(response_id)
+    record = await asyncio.to_thread(stored.get, "response", response_id, owner)
     return record["response"]
 
 
 @router.delete("/responses/{response_id}", **route_docs(ResponseDeleted))
 async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
     """Delete a stored response. Its bytes are overwritten."""
-    stored = state_of(request).responses
-    if (run := stored.running.get(response_id)) is not None and run.task is not None:
-        stored.get("response", response_id, context_of(request.scope).owner)  # 404 for others
-        run.task.cancel()
-        await asyncio.wait([run.task])
-    await asyncio.to_thread(stored.delete, "response", response_id, context_of(request.scope).owner)
+    stored, owner = stored_of(request)
+    await asyncio.to_thread(stored.get, "response", response_id, owner)  # 404 for other keys
+    await stored.stop(response_id)
+    await asyncio.to_thread(stored.delete, "response", response_id, owner)
     return {"id": response_id, "object": "response", "deleted": True}

@@ -1,0 +1,178 @@
+"""/v1/chat/completions: list, read, change and delete completions that were stored.
+
+A request with `store: true` stores its messages and its completion; see
+`serve/api/stored_responses.py`.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from serve.api.errors import APIError
+from serve.api.openapi import route_docs
+from serve.api.pagination import ItemsQuery, page_of, paginate, read_query
+from serve.api.requests import Body, ChatBody, Metadata, read_json
+from serve.api.responses import (
+    ChatCompletion,
+    ChatCompletionDeleted,
+    ChatCompletions,
+    ItemPage,
+)
+from serve.api.state import state_of, stored_of
+
+router = APIRouter(prefix="/v1")
+
+KIND = "chat.completion"
+
+
+class MetadataUpdate(Body):
+    """Body of POST /v1/chat/completions/{id}."""
+
+    metadata: Metadata
+
+
+class CompletionsQuery(ItemsQuery):
+    """Query parameters of the list; `metadata[KEY]=VALUE` selects by metadata."""
+
+    model: str | None = None
+    order: Literal["asc", "desc"] = "asc"
+
+
+def check_store(request: Request) -> None:
+    """Raise APIError if the server was started with --no-store."""
+    if not state_of(request).responses.is_enabled:
+        raise APIError(
+            400,
+            "Unsupported parameter: 'store' cannot be true, because this server was started with "
+            "--no-store.",
+            param="store",
+            code="unsupported_parameter",
+        )
+
+
+async def store_completion(request: Request, body: ChatBody, completion: dict[str, Any]) -> None:
+    """Store a completion and the messages of its request."""
+    messages = [
+        message.model_dump(exclude_unset=True) | {"id": f"{completion['id']}-{index}"}
+        for index, message in enumerate(body.messages)
+    ]
+    stored, owner = stored_of(request)
+    record = {"completion": completion, "messages": messages}
+    await asyncio.to_thread(stored.add, KIND, completion["id"], owner, record)
+
+
+async def store_streamed(
+    request: Request, body: ChatBody, chunks: AsyncGenerator[dict[str, Any], None]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the chunks of a stream, and store the completion that they make at its end."""
+    choices: dict[int, dict[str, Any]] = {}
+    completion: dict[str, Any] = {}
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            completion = completion or {
+                **chunk,
+                "object": "chat.completion",
+                "usage": None,
+                "metadata": body.metadata,
+            }
+            for choice in chunk["choices"]:
+                _add_delta(choices, choice)
+            completion["usage"] = chunk.get("usage")
+            yield chunk
+    completion["choices"] = [choices[index] for index in sorted(choices)]
+    await store_completion(request, body, completion)
+
+
+def _add_delta(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> None:
+    """Add the delta of a streamed choice to the whole choice."""
+    index, delta = choice["index"], choice["delta"]
+    message = {"role": "assistant", "content": None, "refusal": None}
+    whole = choices.setdefault(
+        index, {"index": index, "message": message, "logprobs": None, "finish_reason": None}
+    )
+    message = whole["message"]
+    if delta.get("content") is not None:
+        message["content"] = (message["content"] or "") + delta["content"]
+    for call in delta.get("tool_calls", ()):
+        calls = message.setdefault("tool_calls", [])
+        if "id" in call:
+            function = {"name": call["function"]["name"], "arguments": ""}
+            calls.append({"id": call["id"], "type": "function", "function": function})
+        calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    if (function := delta.get("function_call")) is not None:
+        whole_call = message.setdefault("function_call", {"name": "", "arguments": ""})
+        for name, text in function.items():
+            whole_call[name] += text
+    if choice["logprobs"] is not None:
+        logprobs = whole["logprobs"] = whole["logprobs"] or {"content": [], "refusal": None}
+        logprobs["content"] += choice["logprobs"]["content"]
+    whole["finish_reason"] = choice["finish_reason"] or whole["finish_reason"]
+
+
+@router.get("/chat/completions", **route_docs(ChatCompletions))
+async def list_completions(request: Request) -> dict[str, Any]:
+    """List the stored chat completions."""
+    query = read_query(request, CompletionsQuery)
+    metadata = {
+        name.removeprefix("metadata[").removesuffix("]"): value
+        for name, value in request.query_params.items()
+        if name.startswith("metadata[")
+    }
+    stored, owner = stored_of(request)
+
+    def is_selected(record: dict[str, Any]) -> bool:
+        completion = record["completion"]
+        return query.model in (None, completion["model"]) and (
+            metadata.items() <= (completion["metadata"] or {}).items()
+        )
+
+    return await paginate(
+        state_of(request).store,
+        KIND,
+        query,
+        lambda record: record["completion"],
+        order=query.order,
+        predicate=lambda record: stored.is_readable(record, owner) and is_selected(record),
+    )
+
+
+@router.get("/chat/completions/{completion_id}", **route_docs(ChatCompletion))
+async def get_completion(request: Request, completion_id: str) -> dict[str, Any]:
+    """Return a stored chat completion."""
+    return (await _record(request, completion_id))["completion"]
+
+
+@router.get("/chat/completions/{completion_id}/messages", **route_docs(ItemPage))
+async def list_messages(request: Request, completion_id: str) -> dict[str, Any]:
+    """List the messages of the request of a stored chat completion."""
+    query = read_query(request, CompletionsQuery)
+    record = await _record(request, completion_id)
+    return page_of(record["messages"], query, newest_first=query.order == "desc")
+
+
+@router.post("/chat/completions/{completion_id}", **route_docs(ChatCompletion, MetadataUpdate))
+async def update_completion(request: Request, completion_id: str) -> dict[str, Any]:
+    """Replace the metadata of a stored chat completion."""
+    body = await read_json(request, MetadataUpdate)
+    record = await _record(request, completion_id)
+    completion = record["completion"] | {"metadata": body.metadata}
+    stored, _ = stored_of(request)
+    await asyncio.to_thread(stored.update, KIND, completion_id, completion=completion)
+    return completion
+
+
+@router.delete("/chat/completions/{completion_id}", **route_docs(ChatCompletionDeleted))
+async def delete_completion(request: Request, completion_id: str) -> dict[str, Any]:
+    """Delete a stored chat completion. Its bytes are overwritten."""
+    stored, owner = stored_of(request)
+    await asyncio.to_thread(stored.delete, KIND, completion_id, owner)
+    return {"id": completion_id, "object": "chat.completion.deleted", "deleted": True}
+
+
+async def _record(request: Request, id: str) -> dict[str, Any]:
+    stored, owner = stored_of(request)
+    return await asyncio.to_thread(stored.get, KIND, id, owner)
