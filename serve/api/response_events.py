@@ -16,7 +16,8 @@ from typing import Any
 from serve.api.errors import APIError
 
 Event = dict[str, Any]
-Part = list[Any]  # ["text", text, logprobs], ["call", call_id, name] or ["arguments", text]
+# ["text", text, logprobs], ["call", call_id, name, namespace] or ["arguments", text]
+Part = list[Any]
 
 
 class ResponseWriter:
@@ -77,14 +78,17 @@ class ResponseWriter:
                     delta=text,
                     logprobs=logprobs,
                 )
-            case ["call", call_id, name]:
+            case ["call", call_id, name, namespace]:
                 yield from self._close_item("completed")
-                yield from self._open_item(
-                    "fc_", type="function_call", call_id=call_id, name=name, arguments=""
-                )
+                fields = {"call_id": call_id, "name": name, "arguments": ""}
+                if namespace is not None:
+                    fields["namespace"] = namespace
+                yield from self._open_item("fc_", type="function_call", **fields)
             case ["arguments", text]:
                 self.response["output"][-1]["arguments"] += text
                 yield self._event("function_call_arguments.delta", **self._place(), delta=text)
+            case _:
+                raise ValueError(f"expected a text, a call or arguments, got {part}")
 
     def end(self, finish_reason: str, usage: dict[str, Any]) -> Iterator[Event]:
         """Yield the last events of a response.

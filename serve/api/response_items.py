@@ -46,6 +46,7 @@ class InputItem(Body):
     phase: str | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
     output: ItemContent | None = None
     summary: Any = None
@@ -109,6 +110,8 @@ def _to_item(item: InputItem, path: str) -> dict[str, Any]:
                 "name": needed("name"),
                 "arguments": needed("arguments"),
             }
+            if item.namespace is not None:
+                fields["namespace"] = item.namespace
         case "function_call_output":
             prefix = "fco_"
             output = "".join(_texts(needed("output"), f"{path}.output"))
@@ -142,6 +145,11 @@ def _texts(content: str | Sequence[ItemPart], path: str) -> list[str]:
     return texts
 
 
+def qualified_name(namespace: str | None, name: str) -> str:
+    """Return the name of a function for the model, which knows no namespaces."""
+    return name if namespace is None else f"{namespace}__{name}"
+
+
 def to_messages(items: Sequence[dict[str, Any]], num_stored: int = 0) -> list[Message]:
     """Return the messages of a conversation for `tools.template_messages`.
 
@@ -163,7 +171,8 @@ def to_messages(items: Sequence[dict[str, Any]], num_stored: int = 0) -> list[Me
                 call_ids.add(item["call_id"])
                 if not messages or messages[-1].role != "assistant":
                     messages.append(Message(role="assistant"))
-                function = CalledFunction(name=item["name"], arguments=item["arguments"])
+                name = qualified_name(item.get("namespace"), item["name"])
+                function = CalledFunction(name=name, arguments=item["arguments"])
                 call = MessageToolCall(id=item["call_id"], function=function)
                 messages[-1].tool_calls = [*messages[-1].tool_calls, call]
             case "function_call_output":

@@ -6,7 +6,7 @@ chat request are renamed to the fields that the client sent.
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -29,7 +29,7 @@ from serve.api.requests import (
     ToolName,
     tag,
 )
-from serve.api.response_items import Items
+from serve.api.response_items import Items, qualified_name
 from serve.api.unused_fields import UNUSED
 
 LOGPROBS = "message.output_text.logprobs"
@@ -53,13 +53,15 @@ class TextSettings(Body):
 
 
 class FlatTool(Body):
-    """A tool. Only functions are supported."""
+    """A function, or a namespace of functions. Other tools are not supported."""
 
     type: str
     name: Name | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    tools: Annotated[list["FlatTool"], Field(max_length=128, fail_fast=True)] = []
+    external_web_access: bool = True  # of web_search
 
 
 class FlatToolName(Body):
@@ -186,24 +188,53 @@ def to_chat_body(body: InputTokensBody, messages: list[Message]) -> ChatBody:
     return ChatBody.model_construct(
         **fields,
         messages=messages,
-        tools=[_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools)],
+        tools=list(_functions(body.tools, "tools")),
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
     )
 
 
-def _tool(tool: FlatTool, path: str) -> Tool:
-    if tool.type != "function":
-        raise unsupported(f"{path}.type", tool.type, "Only 'function' is supported.")
-    if tool.name is None:
-        raise missing_parameter(f"{path}.name")
-    function = FunctionDefinition(
-        name=tool.name,
-        description=tool.description,
-        parameters=tool.parameters,
-        strict=tool.strict,
-    )
-    return Tool(type="function", function=function)
+def namespaces(tools: Sequence[FlatTool]) -> dict[str, tuple[str, str]]:
+    """Return the namespace and the name of each function in a namespace, by its qualified name."""
+    return {
+        qualified_name(tool.name, function.name or ""): (tool.name or "", function.name or "")
+        for tool in tools
+        if tool.type == "namespace"
+        for function in tool.tools
+    }
+
+
+def needs_no_tool(tool: FlatTool) -> bool:
+    """Return whether a tool asks for nothing, such as Codex's web search without web access."""
+    return tool.type == "web_search" and not tool.external_web_access
+
+
+def _functions(
+    tools: Sequence[FlatTool], path: str, namespace: str | None = None
+) -> Iterator[Tool]:
+    """Yield the functions of a list of tools and of its namespaces."""
+    for index, tool in enumerate(tools):
+        if needs_no_tool(tool):
+            continue
+        if tool.type != "function" and (tool.type != "namespace" or namespace is not None):
+            raise unsupported(
+                f"{path}[{index}].type",
+                tool.type,
+                "This server runs no tools itself. Supported values are: 'function' and "
+                "'namespace'.",
+            )
+        if tool.name is None:
+            raise missing_parameter(f"{path}[{index}].name")
+        if tool.type == "namespace":
+            yield from _functions(tool.tools, f"{path}[{index}].tools", tool.name)
+            continue
+        function = FunctionDefinition.model_construct(
+            name=qualified_name(namespace, tool.name),
+            description=tool.description,
+            parameters=tool.parameters,
+            strict=tool.strict,
+        )
+        yield Tool(type="function", function=function)
 
 
 def _tool_choice(choice: str | FlatToolChoice | None) -> Any:

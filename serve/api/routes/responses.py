@@ -9,7 +9,7 @@ Left out: tools that OpenAI's servers run, such as web search, and prompts that 
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -24,17 +24,16 @@ from serve.api.message_deltas import DeltaReader
 from serve.api.openapi import route_docs
 from serve.api.pagination import ItemsQuery, page_of, read_query
 from serve.api.request_context import context_of
-from serve.api.requests import (
-    Body,
-    Message,
-    read_json,
-)
+from serve.api.requests import Body, Message, read_json, report_unused
 from serve.api.response_events import Event, ResponseWriter, replay
 from serve.api.response_items import to_items, to_messages
 from serve.api.response_requests import (
     ConversationName,
+    FlatTool,
     InputTokensBody,
     ResponseBody,
+    namespaces,
+    needs_no_tool,
     response_params,
     to_chat_body,
 )
@@ -50,6 +49,7 @@ from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model, stored_of
 from serve.api.stored_responses import BackgroundRun, ResponseStore
 from serve.api.tools import ToolSettings, read_tools
+from serve.api.unused_fields import Unused
 from serve.jobs.store import new_id
 from serve.models.decoder import DecoderModel
 
@@ -77,7 +77,7 @@ async def create_response(request: Request) -> Response:
     generation, tools = await _generation(request, body, history, items)
     response = _response(body, generation, tools, is_stored=is_stored)
     writer = ResponseWriter(response)
-    events = _events(writer, generation, tools)
+    events = _events(writer, generation, tools, namespaces(body.tools))
     if is_stored:
         record = {"response": response, "input": [*history, *items], "parts": []}
         await asyncio.to_thread(stored.add, "response", response["id"], owner, record)
@@ -99,7 +99,10 @@ async def create_response(request: Request) -> Response:
 
 
 async def _events(
-    writer: ResponseWriter, generation: Generation, tools: ToolSettings | None
+    writer: ResponseWriter,
+    generation: Generation,
+    tools: ToolSettings | None,
+    qualified_names: Mapping[str, tuple[str, str]],
 ) -> AsyncGenerator[Event, None]:
     """Yield the events of a response. An error after the first token is an event, too."""
     reader = DeltaReader(tools, generation.model)
@@ -118,7 +121,7 @@ async def _events(
                         yield event
                 for fields, tokens in reader.read(delta):
                     logprobs = chat_logprobs(encoding, tokens) if include_logprobs else []
-                    for part in _parts(fields, logprobs):
+                    for part in _parts(fields, logprobs, qualified_names):
                         for event in writer.write(part):
                             yield event
                 if delta.finish_reason:
@@ -132,13 +135,19 @@ async def _events(
         yield writer.fail(writer.error.message)
 
 
-def _parts(fields: dict[str, Any], logprobs: list[dict[str, Any]]) -> Iterator[list[Any]]:
+def _parts(
+    fields: dict[str, Any],
+    logprobs: list[dict[str, Any]],
+    qualified_names: Mapping[str, tuple[str, str]],
+) -> Iterator[list[Any]]:
     """Yield the parts of a response that a delta of a chat message stands for."""
     if "content" in fields:
         yield ["text", fields["content"], logprobs]
     for call in fields.get("tool_calls", ()):
         if "id" in call:
-            yield ["call", call["id"], call["function"]["name"]]
+            name = call["function"]["name"]
+            namespace, name = qualified_names.get(name, (None, name))
+            yield ["call", call["id"], name, namespace]
         if call["function"]["arguments"]:
             yield ["arguments", call["function"]["arguments"]]
 
@@ -217,7 +226,7 @@ def _response(
         "temperature": params.temperature,
         "text": {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)},
         "tool_choice": _dump(body.tool_choice) or "auto",
-        "tools": [_dump(tool) | {"strict": tool.strict or False} for tool in body.tools],
+        "tools": [_dump_tool(tool) for tool in body.tools],
         "top_logprobs": body.top_logprobs,
         "top_p": params.top_p,
         "truncation": body.truncation,
@@ -228,6 +237,18 @@ def _response(
     if body.conversation is not None:
         response["conversation"] = {"id": _id(body.conversation)}
     return response
+
+
+def _dump_tool(tool: FlatTool) -> dict[str, Any]:
+    if tool.type != "function":
+        return tool.model_dump(exclude_unset=True)
+    return {
+        "type": "function",
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.parameters,
+        "strict": bool(tool.strict),
+    }
 
 
 def _dump(value: Any) -> Any:
@@ -295,6 +316,14 @@ async def _generation(
     items: list[dict[str, Any]],
 ) -> tuple[Generation, ToolSettings | None]:
     """Return the generation of a response, and its tools."""
+    report_unused(
+        request,
+        [
+            Unused(f"tools[{index}]", is_declared=True)
+            for index, tool in enumerate(body.tools)
+            if needs_no_tool(tool)
+        ],
+    )
     with response_params():
         chat = to_chat_body(body, [])
         tools = read_tools(chat)
