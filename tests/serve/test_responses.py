@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from pydantic import BaseModel
@@ -328,3 +330,39 @@ def test_server_without_store_stores_nothing(model):
             client.responses.retrieve(response.id)
         with pytest.raises(openai.BadRequestError):
             client.conversations.create()
+
+
+# --- other clients ----------------------------------------------------------------------------
+
+
+def test_recorded_codex_session_is_answered(model):
+    """Codex 0.171: `codex exec "say hi"`, whose model called exec_command once; texts cut short."""
+    session = Path(__file__).parents[1] / "golden/codex/session.json"
+    model.engine.answer = "Done."
+    large = replace(model, context=2**16)
+    with scripted.serve_models(large) as address:
+        for body in json.loads(session.read_text("utf-8")):
+            with httpx.stream(
+                "POST", f"{address}/v1/responses", json=body | {"model": "hermes"}
+            ) as response:
+                assert response.status_code == 200
+                assert "tools[8]" in response.headers["x-pellucid-ignored"]  # web_search
+                lines = [*response.iter_lines()]
+            assert "event: response.completed" in lines
+        prompt = ENCODING.decode(model.engine.requests[-1].prompt)
+        assert "multi_agent_v1__spawn_agent" in prompt
+        assert "exec_command" in prompt
+
+
+def test_call_of_a_function_in_a_namespace_names_both(ask):
+    namespace = {"type": "namespace", "name": "math", "description": "", "tools": [FLAT_ADD]}
+    answer = CALL_ADD.replace('"add"', '"math__add"')
+    (call,) = ask(answer, tools=[namespace]).output
+    assert (call.namespace, call.name) == ("math", "add")
+    items = [
+        {"role": "user", "content": "3 + 4?"},
+        call.model_dump(),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "7"},
+    ]
+    ask("7.", items, tools=[namespace])
+    assert ask.prompt.count("math__add") == 2
