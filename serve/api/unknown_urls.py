@@ -7,14 +7,12 @@ its own sentence than with "Invalid URL".
 import re
 from collections.abc import Callable, Mapping
 
-_NO_CONVERSATIONS = "This server stores no conversations: send all messages to /v1/chat/completions"
+_NO_ASSISTANTS = "Send the messages to /v1/responses, in a conversation of /v1/conversations"
 _NO_STORE = "This server has no vector stores: use /v1/embeddings and /v1/rerank"
 # Routes of OpenAI's API without /v1, and what to do instead. The first that matches counts.
 OPENAI_ROUTES: Mapping[str, str] = {
-    r"/responses(/.*)?": "Use /v1/chat/completions",
-    r"/conversations(/.*)?": _NO_CONVERSATIONS,
-    r"/chat/completions/.+": _NO_CONVERSATIONS,
-    r"/(assistants|threads|chatkit)(/.*)?": _NO_CONVERSATIONS,
+    r"/responses/compact": "Send 'truncation': 'auto' to /v1/responses",
+    r"/(assistants|threads|chatkit)(/.*)?": _NO_ASSISTANTS,
     r"/vector_stores(/.*)?": _NO_STORE,
     r"/(answers|classifications|search|engines/.+/search)": _NO_STORE,
     r"/realtime(/.*)?": "Use /v1/audio/transcriptions for speech and /v1/chat/completions for text",
