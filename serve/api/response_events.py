@@ -16,7 +16,8 @@ from typing import Any
 from serve.api.errors import APIError
 
 Event = dict[str, Any]
-# ["text", text, logprobs], ["call", call_id, name, namespace] or ["arguments", text]
+# ["reasoning", text], ["text", text, logprobs], ["call", call_id, name, namespace] or
+# ["arguments", text]
 Part = list[Any]
 
 
@@ -60,11 +61,18 @@ class ResponseWriter:
         """Yield the events of the next part.
 
         Args:
-            part: A piece of text with the logprobs of its tokens; a call with its id and name, or a
-                piece of the arguments of the last call.
+            part: A piece of reasoning; a piece of text with the logprobs of its tokens; a call with
+                its id and name, or a piece of the arguments of the last call.
         """
         self.parts.append(part)
         match part:
+            case ["reasoning", text]:
+                if self._open_type != "reasoning":
+                    yield from self._close_item("completed")
+                    yield from self._open_item("rs_", type="reasoning", summary=[], content=[])
+                    yield from self._open_part({"type": "reasoning_text", "text": ""})
+                self.response["output"][-1]["content"][0]["text"] += text
+                yield self._event("reasoning_text.delta", **self._content_place(), delta=text)
             case ["text", text, logprobs]:
                 if self._open_type != "message":
                     yield from self._close_item("completed")
@@ -98,7 +106,8 @@ class ResponseWriter:
             usage: The token counts, in the shape of /v1/responses.
         """
         is_cut = finish_reason == "length"
-        if not self.response["output"]:  # clients expect a message
+        if all(item["type"] == "reasoning" for item in self.response["output"]):
+            yield from self._close_item("completed")  # clients expect a message
             yield from self._open_message()
         yield from self._close_item("incomplete" if is_cut else "completed")
         self.response["usage"] = usage
@@ -145,7 +154,11 @@ class ResponseWriter:
 
     def _open_message(self) -> Iterator[Event]:
         yield from self._open_item("msg_", type="message", role="assistant", content=[])
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        yield from self._open_part(
+            {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        )
+
+    def _open_part(self, part: dict[str, Any]) -> Iterator[Event]:
         yield self._event("content_part.added", **self._content_place(), part=copy.deepcopy(part))
         self.response["output"][-1]["content"].append(part)
 
@@ -154,12 +167,14 @@ class ResponseWriter:
         if kind is None:
             return
         item = self.response["output"][-1]
-        if kind == "message":
+        if kind in ("message", "reasoning"):
             part = copy.deepcopy(item["content"][0])
-            text, logprobs = part["text"], part["logprobs"]
-            place = self._content_place()
-            yield self._event("output_text.done", **place, text=text, logprobs=logprobs)
-            yield self._event("content_part.done", **place, part=part)
+            place = {**self._content_place(), "text": part["text"]}
+            if kind == "message":
+                yield self._event("output_text.done", **place, logprobs=part["logprobs"])
+            else:
+                yield self._event("reasoning_text.done", **place)
+            yield self._event("content_part.done", **self._content_place(), part=part)
         else:
             yield self._event(
                 "function_call_arguments.done",

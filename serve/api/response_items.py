@@ -2,7 +2,7 @@
 
 An item is a JSON object in the shape of OpenAI's API. The chat template takes messages instead: an
 assistant's text and the calls after it are one message, and the result of a call is a message of
-the role "tool". A reasoning item, which agents send back, is no part of a prompt.
+the role "tool". The text of a reasoning item belongs to the message after it.
 """
 
 from collections.abc import Sequence
@@ -117,7 +117,10 @@ def _to_item(item: InputItem, path: str) -> dict[str, Any]:
             output = "".join(_texts(needed("output"), f"{path}.output"))
             fields = {"call_id": needed("call_id"), "output": output}
         case "reasoning":
-            return {"type": "reasoning", "id": new_id("rs_"), "summary": []}
+            content = item.content if isinstance(item.content, list) else []
+            texts = [part.get("text") for part in content if isinstance(part, dict)]
+            parts = [{"type": "reasoning_text", "text": t} for t in texts if isinstance(t, str)]
+            return {"type": "reasoning", "id": new_id("rs_"), "summary": [], "content": parts}
         case "item_reference":
             return {"type": "item_reference", "id": needed("id")}
         case _:
@@ -162,15 +165,28 @@ def to_messages(items: Sequence[dict[str, Any]], num_stored: int = 0) -> list[Me
     """
     messages: list[Message] = []
     call_ids: set[str] = set()
+    reasoning: str | None = None  # of the next message of the assistant
+
+    def answer(text: str | None = None) -> Message:
+        nonlocal reasoning
+        message = Message(role="assistant", content=text, reasoning_content=reasoning)
+        reasoning = None
+        return message
+
     for index, item in enumerate(items):
         match item["type"]:
             case "message":
                 text = "".join(part["text"] for part in item["content"])
-                messages.append(Message(role=item["role"], content=text))
+                is_answer = item["role"] == "assistant"
+                messages.append(
+                    answer(text) if is_answer else Message(role=item["role"], content=text)
+                )
+            case "reasoning":
+                reasoning = "".join(part["text"] for part in item.get("content", ())) or None
             case "function_call":
                 call_ids.add(item["call_id"])
-                if not messages or messages[-1].role != "assistant":
-                    messages.append(Message(role="assistant"))
+                if not messages or messages[-1].role != "assistant" or reasoning:
+                    messages.append(answer())
                 name = qualified_name(item.get("namespace"), item["name"])
                 function = CalledFunction(name=name, arguments=item["arguments"])
                 call = MessageToolCall(id=item["call_id"], function=function)

@@ -408,3 +408,18 @@ def test_grammar_allows_answers_in_the_vocabulary_of_gpt_oss(is_required):
         assert allowed == expected, case
         counts[allowed] += 1
     assert min(counts.values()) > 5
+
+
+def test_response_has_the_analysis_as_a_reasoning_item(client, model):
+    model.engine.answer = THINK + FINAL
+    fields = {"model": "oss", "input": "3 + 4?"}
+    *events, last = client.responses.create(**fields, stream=True)
+    types = [event.type.removeprefix("response.") for event in events]
+    assert types.index("reasoning_text.done") < types.index("output_text.delta")
+    reasoning, message = last.response.output
+    assert reasoning.content[0].text == "A sum."
+    assert message.content[0].text == "It is 7."
+    items = [{"role": "user", "content": "3 + 4?"}, reasoning.model_dump()]
+    model.engine.answer = FINAL
+    client.responses.create(model="oss", input=[*items, message.model_dump(), *items[:1]])
+    assert "It is 7." in ENCODING.decode(model.engine.requests[-1].prompt)

@@ -228,7 +228,7 @@ def test_input_tokens_equal_those_of_the_response(ask, client):
          "input[0].call_id"),
         ({"input": [{"type": "item_reference", "id": "msg_x"}]}, "input[0].id"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
-         "text.format"),
+         "text.format.schema"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"background": True, "store": False}, "background"),

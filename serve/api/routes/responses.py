@@ -141,6 +141,8 @@ def _parts(
     qualified_names: Mapping[str, tuple[str, str]],
 ) -> Iterator[list[Any]]:
     """Yield the parts of a response that a delta of a chat message stands for."""
+    if "reasoning_content" in fields:
+        yield ["reasoning", fields["reasoning_content"]]
     if "content" in fields:
         yield ["text", fields["content"], logprobs]
     for call in fields.get("tool_calls", ()):

@@ -97,6 +97,8 @@ def _add_delta(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> No
     message = whole["message"]
     if delta.get("content") is not None:
         message["content"] = (message["content"] or "") + delta["content"]
+    if (text := delta.get("reasoning_content")) is not None:
+        message["reasoning_content"] = message.get("reasoning_content", "") + text
     for call in delta.get("tool_calls", ()):
         calls = message.setdefault("tool_calls", [])
         if "id" in call:

@@ -1,5 +1,5 @@
 // Vercel's AI SDK: generateObject, streamObject, text and tools (https://ai-sdk.dev), with its
-// provider for compatible servers and with that for OpenAI.
+// provider for compatible servers and with that for OpenAI, whose default is /v1/responses.
 
 import assert from 'node:assert/strict';
 import { appendFileSync } from 'node:fs';
@@ -20,6 +20,7 @@ const compatible = createOpenAICompatible({
 const models = {
   compatible: compatible(id),
   openai: createOpenAI({ baseURL, apiKey: 'any' }).chat(id),
+  responses: createOpenAI({ baseURL, apiKey: 'any' })(id), // its default
 };
 const settings = { temperature: 0, maxOutputTokens: 80, maxRetries: 0 };
 const person = z.object({ name: z.string(), age: z.number().int() });

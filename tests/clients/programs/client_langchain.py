@@ -58,3 +58,11 @@ class TestChatOpenAI(ChatModelIntegrationTests):
 for name in JUDGED:
     errors = (AssertionError, OutputParserException)
     pytest.mark.xfail(raises=errors, reason="a choice")(getattr(TestChatOpenAI, name))
+
+
+class TestResponses(TestChatOpenAI):
+    """The same tests with /v1/responses."""
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return super().chat_model_params | {"use_responses_api": True}

@@ -123,3 +123,14 @@ def test_model_decides_to_call_a_tool(ask, cities, judge):
         return [argument["city"] for argument in arguments] == [city]
 
     judge(is_right, cities)
+
+
+def test_responses_return_text_and_stream_events(base_url, model):
+    options = {"api_base": base_url, "api_key": "any", "temperature": 0, "max_output_tokens": 40}
+    response = litellm.responses(model=f"openai/{model}", input="Say hello.", **options)
+    assert response.status == "completed"
+    assert response.output[0].content[0].text
+    events = litellm.responses(model=f"openai/{model}", input="Say hello.", stream=True, **options)
+    types = [str(getattr(event.type, "value", event.type)) for event in events]
+    assert types[0] == "response.created"
+    assert types[-1] == "response.completed"

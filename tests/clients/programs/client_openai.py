@@ -4,6 +4,7 @@ https://github.com/openai/openai-python/blob/main/helpers.md
 """
 
 import enum
+import json
 
 import openai
 import pytest
@@ -128,3 +129,52 @@ def test_errors_have_the_classes_of_the_client(client, model):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=model, messages=user("hi"), response_format=broken)
     assert caught.value.param.startswith("response_format.json_schema")
+
+
+ADD = {
+    "type": "function",
+    "name": "add",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+
+
+def test_responses_stream_and_parse(client, model):
+    fields = {"model": model, "input": "Ann is 31 years old.", "temperature": 0}
+    parsed = client.responses.parse(text_format=Person, **fields)
+    assert isinstance(parsed.output_parsed, Person)
+    with client.responses.stream(text_format=Person, **fields) as stream:
+        types = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert types[0] == "response.created" and types[-1] == "response.completed"
+    assert isinstance(final.output_parsed, Person)
+
+
+def test_responses_call_and_continue(client, model):
+    first = client.responses.create(
+        model=model, input="3 + 4?", tools=[ADD], tool_choice="required", max_output_tokens=80
+    )
+    (call,) = first.output
+    assert call.type == "function_call" and set(json.loads(call.arguments)) == {"a", "b"}
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "7"}
+    second = client.responses.create(
+        model=model, input=[result], previous_response_id=first.id, max_output_tokens=40
+    )
+    assert second.output_text
+    kinds = [item.type for item in client.responses.input_items.list(second.id, order="asc")]
+    assert kinds == ["message", "function_call", "function_call_output"]
+
+
+def test_conversation_collects_items(client, model):
+    conversation = client.conversations.create()
+    client.responses.create(
+        model=model, input="Hello.", conversation=conversation.id, max_output_tokens=40
+    )
+    items = client.conversations.items.list(conversation.id, order="asc").data
+    assert [item.role for item in items] == ["user", "assistant"]
+    client.conversations.delete(conversation.id)

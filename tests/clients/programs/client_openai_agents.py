@@ -1,4 +1,6 @@
-"""The OpenAI Agents SDK with its chat-completions model: output types, a tool, a hand-off.
+"""The OpenAI Agents SDK with both of its models: output types, a tool, a hand-off.
+
+Its default model class sends requests to /v1/responses.
 
 https://openai.github.io/openai-agents-python
 """
@@ -10,6 +12,7 @@ from agents import (
     Agent,
     ModelSettings,
     OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
     Runner,
     function_tool,
     set_tracing_disabled,
@@ -30,9 +33,10 @@ def chat_model(base_url, model):
     return OpenAIChatCompletionsModel(model=model, openai_client=client)
 
 
-@pytest.fixture
-def chat(base_url, model):
-    return chat_model(base_url, model)
+@pytest.fixture(params=[OpenAIResponsesModel, OpenAIChatCompletionsModel])
+def chat(request, base_url, model):
+    client = AsyncOpenAI(base_url=base_url, api_key="any", max_retries=0)
+    return request.param(model=model, openai_client=client)
 
 
 def settings(**options):
