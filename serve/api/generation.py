@@ -196,6 +196,7 @@ class Generation:
                 prompt_logprobs=_num_prompt_logprobs(prompt, top_logprobs),
                 index=index,
                 client=request_context.client,
+                priority=request_context.priority,
                 is_accepted=index > 0,
                 deadline=deadline,
                 grammar=grammar,

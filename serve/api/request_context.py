@@ -24,6 +24,7 @@ class RequestContext:
         arrival_time: Time at which the request arrived.
         client: Name of the API key, or the client's address.
         owner: Name of the API key, to which stored objects belong; "" without a key.
+        priority: 0 for interactive requests, 1 for those of a batch; see `SequenceRequest`.
         model: Id of the model.
         is_pattern: Whether the name of the model in the request matched a pattern of names.
         unused_fields: Fields of the request without effect; see `unused_fields.py`.
@@ -39,6 +40,7 @@ class RequestContext:
     arrival_time: float = field(default_factory=time.perf_counter)
     client: str = ""
     owner: str = ""
+    priority: int = 0
     model: str = ""
     is_pattern: bool = False
     unused_fields: list[Unused] = field(default_factory=list)

@@ -77,6 +77,9 @@ class SequenceRequest:
         index: the index among the n choices of one API request, so that choices with the same seed
             get different random numbers.
         client: the name of the client; clients are admitted in turn.
+        priority: 0 for interactive requests, more for work that can wait. A sequence is admitted
+            and prefilled before those with a greater value, and preempts them if it needs their
+            slot or blocks.
         is_accepted: whether an earlier sequence of the same API request was accepted. Then the
             queue limits do not apply to this sequence.
         deadline: the time at which the sequence is ended even if it is unfinished, on the clock of
@@ -96,6 +99,7 @@ class SequenceRequest:
     prompt_logprobs: int | None = None
     index: int = 0
     client: str = ""
+    priority: int = 0
     is_accepted: bool = False
     deadline: float | None = None
     use_prefix_cache: bool = True

@@ -16,8 +16,8 @@ A sequence waits, is admitted to a slot, is prefilled chunk by chunk, and then d
 - Before each prefill chunk, `block_pool.py` is searched for cached blocks of the same prompt.
 - When no block is free, the youngest sequence is preempted: its blocks are released, and the
   sequence is recomputed later. Tokens that were delivered before are not delivered again.
-
-Leaves out: priorities.
+- Sequences with a greater `priority`, such as those of batches, are admitted and prefilled when no
+  other sequence waits for that, and are preempted first.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Scheduler:
         sequence.admission_round = max(self._admission_round, max(rounds, default=-1) + 1)
         if sequence.request.use_prefix_cache and sequence.request.prompt_logprobs is None:
             sequence.chunk_hashes = hash_chunks(sequence.request.prompt, self.chunk_size)
-        bisect.insort_right(self.waiting, sequence, key=lambda other: other.admission_round)
+        bisect.insort_right(self.waiting, sequence, key=_admission_order)
 
     def schedule(self, max_batch_size: int | None = None) -> Prefill | Decode | None:
         """Return the next work item with its blocks allocated; None if no sequence is left.
@@ -174,7 +174,11 @@ class Scheduler:
         self._admit()
         prefilling = [s for s in self.running if s.is_prefilling]
         decoding = [s for s in self.running if not s.is_prefilling]
-        if prefilling and not (decoding and self._did_prefill_last):
+        urgent = min((s.request.priority for s in prefilling), default=0)
+        prefilling = [s for s in prefilling if s.request.priority == urgent]
+        # A prompt does not wait for decoding steps of sequences that can wait.
+        has_to_alternate = any(s.request.priority <= urgent for s in decoding)
+        if prefilling and not (has_to_alternate and self._did_prefill_last):
             self._did_prefill_last = True
             self._did_oldest_last = not self._did_oldest_last
             oldest = prefilling[0]
@@ -222,7 +226,7 @@ class Scheduler:
         sequence.matcher = None
         sequence.num_registered_chunks = sequence.num_cached_tokens = 0
         # First in its round, because the others came later, or are younger and were preempted.
-        bisect.insort_left(self.waiting, sequence, key=lambda other: other.admission_round)
+        bisect.insort_left(self.waiting, sequence, key=_admission_order)
 
     def _release(self, sequence: Sequence) -> None:
         for block in reversed(sequence.block_table):
@@ -234,8 +238,12 @@ class Scheduler:
         return -(-num_positions // self.block_size)
 
     def _admit(self) -> None:
-        while self.waiting and self.free_slots:
+        while self.waiting:
             sequence = self.waiting[0]
+            if not self.free_slots:
+                if not self._preempt_for(sequence):
+                    return
+                continue
             # Sequences submitted from now on come after this one, even if it has to wait for
             # blocks.
             self._admission_round = max(self._admission_round, sequence.admission_round)
@@ -246,7 +254,9 @@ class Scheduler:
             if needed - len(shared) > self.block_pool.num_free_blocks:
                 for block in reversed(shared):
                     self.block_pool.release(block)
-                return
+                if not self._preempt_for(sequence):
+                    return
+                continue
             self.waiting.pop(0)
             sequence.slot = self.free_slots.pop()
             sequence.block_table = shared + [
@@ -257,6 +267,19 @@ class Scheduler:
             )
             sequence.num_registered_chunks = sequence.num_computed_tokens // self.chunk_size
             self.running.append(sequence)
+
+    def _preempt_for(self, sequence: Sequence) -> bool:
+        """Preempt the last of the running sequences that can wait; return whether there is one."""
+        last = self._last_running()
+        if last is None or last.request.priority <= sequence.request.priority:
+            return False
+        self.preempt(last)
+        return True
+
+    def _last_running(self) -> Sequence | None:
+        """Return the running sequence to preempt first: the youngest of those that can wait."""
+        youngest_first = reversed(self.running)
+        return max(youngest_first, key=lambda s: s.request.priority, default=None)
 
     def _retain_cached_blocks(self, sequence: Sequence) -> list[int]:
         """Retain and return the cached blocks whose tokens all match the beginning of a prompt."""
@@ -321,13 +344,19 @@ class Scheduler:
     def _append_block(self, sequence: Sequence) -> None:
         """Allocate a block for the next position of a sequence if needed; preempt if none is free.
 
-        The youngest sequences are preempted, which can be this sequence itself.
+        The youngest of the sequences that can wait are preempted, which can be this sequence
+        itself.
         """
         while self._blocks_for(sequence.num_computed_tokens + 1) > len(sequence.block_table):
             if self.block_pool.num_free_blocks:
                 sequence.block_table.append(self.block_pool.allocate())
                 continue
-            youngest = self.running[-1]
-            self.preempt(youngest)
-            if youngest is sequence:
+            last = self._last_running()
+            assert last is not None
+            self.preempt(last)
+            if last is sequence:
                 return
+
+
+def _admission_order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.priority, sequence.admission_round

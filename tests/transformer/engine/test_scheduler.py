@@ -20,7 +20,7 @@ CHUNK = 2
 NEXT_ID = itertools.count(1000)
 
 
-def make_sequence(prompt=3, max_tokens=5, client="", ids=None, is_accepted=False):
+def make_sequence(prompt=3, max_tokens=5, client="", ids=None, is_accepted=False, priority=0):
     """Return a sequence whose prompt is `ids`, or `prompt` ids that no other sequence has."""
     ids = tuple(ids or (next(NEXT_ID) for _ in range(prompt)))
     request = SequenceRequest(
@@ -29,6 +29,7 @@ def make_sequence(prompt=3, max_tokens=5, client="", ids=None, is_accepted=False
         sampling_params=SamplingParams(),
         client=client,
         is_accepted=is_accepted,
+        priority=priority,
     )
     return Sequence(request, deliver=lambda event: None)
 
@@ -89,8 +90,8 @@ def check_invariants(scheduler, slots, blocks):
             and sequence.num_computed_tokens == 0
             and sequence.num_generated == 0
         )
-    rounds = [sequence.admission_round for sequence in scheduler.waiting]
-    assert rounds == sorted(rounds)
+    order = [(s.request.priority, s.admission_round) for s in scheduler.waiting]
+    assert order == sorted(order)
 
 
 def test_schedule_without_sequences_returns_none():
@@ -302,6 +303,49 @@ def prefill_all(s, sequence):
     return copies
 
 
+def test_urgent_sequence_is_admitted_and_prefilled_before_those_that_can_wait():
+    scheduler = make_scheduler(slots=2)
+    waiting = [make_sequence(prompt=8, priority=1) for _ in range(4)]
+    for sequence in waiting:
+        scheduler.submit(sequence)
+    run_work_item(scheduler, scheduler.schedule())
+    assert scheduler.running == waiting[:2]
+    urgent = make_sequence(prompt=8)
+    scheduler.submit(urgent)
+    # It takes the slot of the youngest at once, and none of its chunks waits for the others.
+    for _ in range(4):
+        work = scheduler.schedule()
+        assert isinstance(work, Prefill) and work.sequence is urgent
+        run_work_item(scheduler, work)
+    assert scheduler.running == [waiting[0], urgent]
+    assert scheduler.waiting == [waiting[1], *waiting[2:]]
+
+
+def test_prefill_of_urgent_sequence_does_not_alternate_with_decoding_of_others():
+    scheduler = make_scheduler()
+    scheduler.submit(other := make_sequence(prompt=2, max_tokens=50, priority=1))
+    run_work_item(scheduler, scheduler.schedule())
+    assert isinstance(scheduler.schedule(), Decode)
+    scheduler.submit(urgent := make_sequence(prompt=6))
+    for _ in range(3):
+        work = scheduler.schedule()
+        assert isinstance(work, Prefill) and work.sequence is urgent
+        run_work_item(scheduler, work)
+    work = scheduler.schedule()
+    assert isinstance(work, Decode) and set(work.sequences) == {other, urgent}
+
+
+def test_sequences_that_can_wait_are_preempted_first():
+    scheduler = make_scheduler(slots=3, blocks=4)
+    scheduler.submit(first := make_sequence(prompt=3, priority=1))
+    scheduler.submit(second := make_sequence(prompt=3, priority=1))
+    scheduler.schedule()
+    scheduler.submit(urgent := make_sequence(prompt=9))
+    scheduler.schedule()
+    assert scheduler.running == [first, urgent]
+    assert scheduler.waiting == [second]
+
+
 def test_prefix_cache_shares_whole_blocks_and_copies_partial_ones():
     s = make_scheduler(blocks=9)
     first = make_sequence(ids=range(11), max_tokens=6)  # blocks 0-3, 4-7, 8-10; chunks of 2
@@ -401,6 +445,7 @@ def test_random_actions_leak_no_slots_or_blocks_and_all_sequences_end(
                 ids=data.draw(IDS),
                 max_tokens=data.draw(st.integers(1, 12)),
                 client=data.draw(st.sampled_from("abcdef")),
+                priority=data.draw(st.integers(0, 1)),
             )
             try:
                 s.submit(sequence)
