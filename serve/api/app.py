@@ -5,7 +5,9 @@ request ids, headers and metrics cover everything; then come the checks of host 
 key, of the request rate, and of the body size.
 """
 
+import contextlib
 import functools
+from collections.abc import AsyncIterator
 from typing import cast
 
 from fastapi import Depends, FastAPI
@@ -16,6 +18,7 @@ from starlette.types import Scope
 
 from serve.api import errors, logs, unused_fields
 from serve.api.auth import KeyRing
+from serve.api.batch_runner import BatchRunner
 from serve.api.body_limit import BodyLimit
 from serve.api.headers import ResponseHeaders
 from serve.api.metrics import Metrics
@@ -24,6 +27,7 @@ from serve.api.openapi import openapi_schema, route_docs
 from serve.api.rate_limit import RATE_HEADERS, Admission, RateLimiter
 from serve.api.routes import (
     audio,
+    batches,
     chat,
     completions,
     conversations,
@@ -39,12 +43,14 @@ from serve.api.routes import (
     responses,
     stored_chat,
     tokens,
+    uploads,
 )
 from serve.api.routes.legacy import edits, engines, fine_tunes
 from serve.api.settings import ServerSettings
 from serve.api.state import ServerState, refresh_models
 from serve.api.stored_responses import ResponseStore
 from serve.api.temp_files import TempFiles
+from serve.jobs.batches import Batches
 from serve.jobs.jobs import JobStore
 from serve.jobs.runner import JobRunner
 from serve.jobs.store import Store
@@ -69,7 +75,15 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
 
     keys = KeyRing(settings.api_keys, settings.home)
     limiter = RateLimiter(settings.requests_per_minute) if settings.requests_per_minute else None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state.batch_runner.start()  # continues batches that an earlier server left unfinished
+        yield
+        await state.batch_runner.stop()
+
     app = FastAPI(
+        lifespan=lifespan,
         title="Pellucid",
         description="The model stack behind the OpenAI API, from scratch, on this machine.",
         openapi_url=None,  # `routes/pages.py` serves /openapi.json
@@ -104,7 +118,12 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
             Middleware(
                 BodyLimit,
                 limit=settings.max_body_bytes,
-                path_limits=audio.BODY_LIMITS | files.BODY_LIMITS | images.BODY_LIMITS,
+                path_limits={
+                    **audio.BODY_LIMITS,
+                    **files.BODY_LIMITS,
+                    **images.BODY_LIMITS,
+                    **uploads.BODY_LIMITS,
+                },
             ),
         ],
     )
@@ -120,14 +139,17 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
             max_bytes=settings.max_stored_bytes,
             max_days=settings.max_stored_days,
         ),
+        batches=Batches(store),
         jobs=jobs,
         job_runner=JobRunner(jobs),
         temp_files=TempFiles(settings.home / "pictures"),
         allow_pull=settings.allow_pull,
         is_strict=settings.is_strict,
     )
+    state.batch_runner = BatchRunner(app, state.batches, registry)
     app.state = cast(State, state)
     files.drop_expired(store)
+    uploads.drop_expired(store)
     state.job_runner.watch()  # continues jobs that an earlier server left unfinished
     errors.install(app)
     app.add_api_route(
@@ -136,7 +158,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     # Paths that contain an engine id match greedily, so longer paths are registered first.
     routes = (health, models, manage_models, chat, completions, edits, embeddings, rerank)
     routes += (stored_chat, responses, conversations, audio, images)
-    routes += (files, fine_tuning, fine_tunes)
+    routes += (files, uploads, batches, fine_tuning, fine_tunes)
     routes += (engines, tokens, pages)
     for route in routes:
         app.include_router(route.router)

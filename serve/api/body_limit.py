@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from types import MappingProxyType
 
 from starlette.datastructures import Headers
@@ -32,7 +33,8 @@ class BodyLimit:
         app: The next application.
         limit: Largest body, in bytes.
         timeout: Longest time that a body may take to arrive, in seconds.
-        path_limits: Limits of the paths that accept larger bodies, in bytes, by path.
+        path_limits: Limits of the paths that accept larger bodies, in bytes, by path; "*" stands
+            for any text.
     """
 
     def __init__(
@@ -48,7 +50,8 @@ class BodyLimit:
         """Handle a request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        limit = max(self.limit, self.path_limits.get(scope["path"], 0))
+        limits = (n for pattern, n in self.path_limits.items() if fnmatch(scope["path"], pattern))
+        limit = max([self.limit, *limits])
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
             return await self._refuse(limit, receive, send)

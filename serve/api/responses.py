@@ -586,6 +586,94 @@ class FileDeleted(ResponseModel):
     deleted: Literal[True]
 
 
+class UploadReply(ResponseModel):
+    """An upload of a file in parts."""
+
+    id: str
+    object: Literal["upload"]
+    created_at: int
+    filename: str
+    bytes: Count
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    expires_at: int
+    file: FileReply | None
+
+
+class UploadPart(ResponseModel):
+    """A part of an upload."""
+
+    id: str
+    object: Literal["upload.part"]
+    created_at: int
+    upload_id: str
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+class BatchError(ResponseModel):
+    """Why a line of the input file is no request; `line` counts from 1."""
+
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class BatchErrors(ResponseModel):
+    """The errors of a batch whose input file is invalid."""
+
+    object: Literal["list"]
+    data: list[BatchError]
+
+
+class BatchCounts(ResponseModel):
+    """Numbers of requests of a batch."""
+
+    total: Count
+    completed: Count
+    failed: Count
+
+
+class BatchReply(ResponseModel):
+    """A batch of requests."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: Literal[
+        "validating",
+        "in_progress",
+        "finalizing",
+        "completed",
+        "failed",
+        "expired",
+        "cancelling",
+        "cancelled",
+    ]
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    metadata: dict[str, str] | None
+
+
+class BatchesReply(PageResponse[BatchReply]):
+    """A page of batches."""
+
+
 # --- fine-tuning ------------------------------------------------------------------------------
 
 Auto = Literal["auto"]

@@ -108,7 +108,7 @@ def run(
     server = Server(
         uvicorn.Config(
             app,
-            lifespan="off",
+            lifespan="on",
             log_config=logs.config(log_format),
             server_header=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,

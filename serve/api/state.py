@@ -1,8 +1,8 @@
 """The state that the routes of one server share: models, stored objects, jobs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import Request
 
@@ -10,12 +10,16 @@ from serve.api.errors import APIError
 from serve.api.request_context import context_of
 from serve.api.stored_responses import ResponseStore
 from serve.api.temp_files import TempFiles
+from serve.jobs.batches import Batches
 from serve.jobs.jobs import JobStore
 from serve.jobs.runner import JobRunner
 from serve.jobs.store import Store
 from serve.models.kinds import KINDS
 from serve.models.registry import Registry
 from serve.models.spec import LoadedModel
+
+if TYPE_CHECKING:
+    from serve.api.batch_runner import BatchRunner
 
 M = TypeVar("M", bound=LoadedModel)
 
@@ -29,6 +33,8 @@ class ServerState:
         home: The data folder.
         store: Persistent objects and files.
         responses: Stored responses and conversations.
+        batches: Batches.
+        batch_runner: Answers the requests of batches.
         jobs: Fine-tuning jobs.
         job_runner: Runs the jobs.
         temp_files: Generated images, available for an hour.
@@ -42,6 +48,7 @@ class ServerState:
     home: Path
     store: Store
     responses: ResponseStore
+    batches: Batches
     jobs: JobStore
     job_runner: JobRunner
     temp_files: TempFiles
@@ -49,6 +56,7 @@ class ServerState:
     is_strict: bool = False
     is_pulling: bool = False
     is_draining: bool = False
+    batch_runner: "BatchRunner" = field(init=False)  # made after the routes that it calls
 
 
 def state_of(request: Request) -> ServerState:

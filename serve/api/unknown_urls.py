@@ -20,8 +20,6 @@ OPENAI_ROUTES: Mapping[str, str] = {
     r"/videos(/.*)?": "No model of this server makes videos: use /v1/images/generations",
     r"/moderations": "No model of this server moderates texts",
     r"/decisions": "Use /v1/chat/completions with 'response_format'",
-    r"/batches(/.*)?": "Send the requests one by one, or several prompts to /v1/completions",
-    r"/uploads(/.*)?": "Upload a file of up to 512 MB to /v1/files",
     r"/fine_tuning/jobs/[^/]+/(pause|resume)": "A job can be cancelled, and survives a restart",
     r"/fine_tuning/(alpha|checkpoints)(/.*)?": "Use /v1/fine_tuning/jobs",
     r"/evals(/.*)?": "Run an evaluation program, such as lm-evaluation-harness, on /v1/completions",

@@ -306,14 +306,22 @@ class Store:
             self.blob_path(id).unlink(missing_ok=True)
         return existed
 
+    def delete_blob(self, kind: str, id: str) -> None:
+        """Delete an object of a kind and then its blob."""
+        self.remove(kind, id)
+        self.blob_path(id).unlink(missing_ok=True)
+
+    def _has_blob(self, id: str) -> bool:
+        return any(self.get(kind, id) is not None for kind in ("file", "upload.part"))
+
     def _clean_up(self) -> None:
         """Remove blobs of killed processes: those without an object that no process is writing."""
         for path in self._blobs.iterdir():
-            if not path.name.startswith(_NEW_PREFIX) and self.get("file", path.name) is not None:
+            if not path.name.startswith(_NEW_PREFIX) and self._has_blob(path.name):
                 continue
             if not path.exists() or (lock := disk.try_lock(path)) is None:
                 continue
-            if self.get("file", path.name) is None:  # again: the object may have been added since
+            if not self._has_blob(path.name):  # again: the object may have been added since
                 path.unlink(missing_ok=True)
             os.close(lock)
 
@@ -336,14 +344,20 @@ class BlobWriter:
         self._file.write(data)
         self.size += len(data)
 
-    def commit(self, body: JsonObject) -> None:
-        """Flush the blob and add its object; after the return, the file survives a crash."""
+    def commit(self, body: JsonObject, kind: str = "file", parent: str = "") -> None:
+        """Flush the blob and add its object; after the return, the file survives a crash.
+
+        Args:
+            body: the body of the object.
+            kind: its kind: "file", or "upload.part".
+            parent: the id of its parent, if it has one.
+        """
         self._file.flush()
         os.fsync(self._file.fileno())
         path = self._store.blob_path(self.id)
         path.with_name(_NEW_PREFIX + path.name).rename(path)
         disk.flush(path.parent)
-        self._store.add("file", self.id, body)  # while the blob is still locked
+        self._store.add(kind, self.id, body, parent)  # while the blob is still locked
 
     def close(self) -> None:
         """Close the blob, and delete it if it was not committed."""

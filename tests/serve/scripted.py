@@ -204,7 +204,7 @@ def serve_models(*models: DecoderModel | ModelSpec, **settings: object) -> Itera
 @contextmanager
 def serve_app(app: FastAPI) -> Iterator[str]:
     """Run an application on a thread, on a free port; yield its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,0 +1,195 @@
+"""Answer the requests of batches, several at a time, with low priority.
+
+A request of a batch goes to the same routes as any other, inside the process: without a socket, a
+key or the rate limit, and with a priority that lets interactive requests pass (see
+`transformer/engine/scheduler.py`). Batches run one after the other, oldest first.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+from pydantic import BaseModel, ValidationError
+
+from serve.api.errors import as_api_error, from_validation
+from serve.api.request_context import RequestContext
+from serve.api.requests import ChatBody, CompletionBody
+from serve.api.response_requests import ResponseBody
+from serve.api.routes.embeddings import EmbeddingsBody
+from serve.exceptions import UnknownModel
+from serve.jobs.batches import Batches, InvalidLine, Line, result_of
+from serve.jobs.store import JsonObject
+from serve.models.registry import Registry
+
+log = logging.getLogger(__name__)
+
+MAX_CONCURRENT_LINES = 8
+MAX_ATTEMPTS = 5  # of a request while the queue is full
+ENDPOINTS: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/v1/embeddings": EmbeddingsBody,
+    "/v1/responses": ResponseBody,
+}
+
+
+class BatchRunner:
+    """Runs the batches of a server.
+
+    Args:
+        app: the application, whose routes answer the requests.
+        batches: the batches.
+        registry: the models of the server.
+    """
+
+    def __init__(self, app: FastAPI, batches: Batches, registry: Registry):
+        self._batches, self._registry = batches, registry
+        self._app = app
+        self._routes = AsyncExitStackMiddleware(app.router)  # without the other middleware
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Run all unfinished batches, unless they are running; call this on the event loop."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run_all())
+
+    async def stop(self) -> None:
+        """Stop; the requests that run now are not recorded, and answered after the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run_all(self) -> None:
+        while batches := await asyncio.to_thread(self._batches.unfinished):
+            try:
+                await self._run(batches[0])
+            except Exception:
+                log.exception("%s failed", batches[0]["id"])
+                error = {"code": "server_error", "message": "The server failed.", "param": None}
+                errors = {"object": "list", "data": [error | {"line": None}]}
+                await asyncio.to_thread(
+                    self._batches.set_status, batches[0]["id"], "failed", errors=errors
+                )
+
+    async def _run(self, batch: JsonObject) -> None:
+        id, batches = batch["id"], self._batches
+        try:
+            lines, errors = await asyncio.to_thread(
+                batches.read_lines, batch, self._line_check(batch["endpoint"])
+            )
+        except FileNotFoundError:
+            message = f"The file '{batch['input_file_id']}' was deleted."
+            lines, errors = [], [{"code": "file_not_found", "message": message, "param": None}]
+            errors = [error | {"line": None} for error in errors]
+        if errors and batch["status"] in ("validating", "in_progress"):
+            errors = {"object": "list", "data": errors}
+            await asyncio.to_thread(batches.set_status, id, "failed", errors=errors)
+            return
+        await asyncio.to_thread(batches.set_in_progress, id, len(lines))
+        waiting = await asyncio.to_thread(batches.unanswered, id, lines)
+        queue = iter(waiting)
+
+        async def work() -> None:
+            for line in queue:
+                if not await asyncio.to_thread(batches.can_continue, id):
+                    return
+                await self._answer(batch, line)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(MAX_CONCURRENT_LINES, len(waiting))):
+                group.create_task(work())
+        current = batches.get(id)
+        assert current is not None
+        is_expired = current["expires_at"] <= time.time()
+        cancelled = current["status"] == "cancelling"
+        status = "cancelled" if cancelled else "expired" if is_expired else "completed"
+        await asyncio.to_thread(batches.finalize, id, lines, status, expired=status == "expired")
+
+    def _line_check(self, endpoint: str) -> Callable[[JsonObject], None]:
+        model_class = ENDPOINTS[endpoint]
+
+        def check(body: JsonObject) -> None:
+            try:
+                model_class.model_validate(body, strict=True)
+            except ValidationError as error:
+                found = from_validation(error)
+                param = f"body.{found.param}" if found.param else "body"
+                raise InvalidLine(found.code or "invalid_request", found.message, param) from None
+            if body.get("stream"):
+                raise InvalidLine("invalid_value", "A batch is not streamed.", "body.stream")
+            if body.get("background"):
+                message = "A batch is in the background anyway."
+                raise InvalidLine("invalid_value", message, "body.background")
+            try:
+                self._registry.resolve(body["model"])
+            except UnknownModel as error:
+                raise InvalidLine("model_not_found", str(error), "body.model") from None
+
+        return check
+
+    async def _answer(self, batch: JsonObject, line: Line) -> None:
+        context = RequestContext(
+            client=batch["id"],
+            owner=await asyncio.to_thread(self._batches.owner, batch["id"]) or "",
+            priority=1,
+        )
+        status, body = await self._post(batch["endpoint"], line.body, context)
+        for attempt in range(MAX_ATTEMPTS):
+            if status not in (429, 503):
+                break
+            await asyncio.sleep(2**attempt)
+            status, body = await self._post(batch["endpoint"], line.body, context)
+        result = result_of(line, status, context.id, body)
+        await asyncio.to_thread(
+            self._batches.add_result, batch["id"], line, result, is_error=status >= 400
+        )
+
+    async def _post(self, path: str, body: JsonObject, context: RequestContext) -> tuple[int, Any]:
+        """Return the status and the JSON body of the response to a request."""
+        content = json.dumps(body).encode()
+        messages = [{"type": "http.request", "body": content, "more_body": False}]
+        parts: list[bytes] = []
+        status = 500
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await asyncio.Event().wait()  # this client does not disconnect
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            else:
+                parts.append(message.get("body", b""))
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+            "client": None,
+            "server": None,
+            "app": self._app,
+            "state": {"context": context},
+        }
+        try:
+            await self._routes(scope, receive, send)  # pyright: ignore[reportArgumentType]
+        except Exception as error:
+            api_error = as_api_error(error)
+            if api_error.status >= 500:
+                log.exception("a request of a batch failed")
+            return api_error.status, api_error.body()
+        return status, json.loads(b"".join(parts))
