@@ -74,11 +74,11 @@ def test_unknown_keys_of_messages_and_content_parts_are_named_by_path(http):
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     messages = [
         {"role": "user", "content": [part], "name": "ann"},  # for the template
-        {"role": "assistant", "content": "x", "refusal": None, "reasoning_content": "hm"},
+        {"role": "assistant", "content": "x", "refusal": None, "annotations": ["hm"]},
         {"role": "user", "content": "y"},
     ]
     assert ignored(ask(http, messages=messages)) == (
-        "messages[0].content[0].cache_control, messages[1].reasoning_content"
+        "messages[0].content[0].cache_control, messages[1].annotations"
     )
 
 
