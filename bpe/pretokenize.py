@@ -23,6 +23,7 @@ The patterns use two less common features of regular expressions:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import regex
@@ -150,15 +151,33 @@ def split(patterns: Sequence[regex.Pattern[str]], text: str) -> list[str]:
             exponential in the length of the text.
     """
     pieces = [text]
+    if len(patterns) == 1:
+        return _split_one(patterns[0], text)
     for pattern in patterns:
-        if len(pieces) == 1:
-            pieces = _split_one(pattern, pieces[0])
-        else:
-            pieces = [part for piece in pieces for part in _split_one(pattern, piece)]
+        pieces = [
+            part
+            for piece in pieces
+            for part in (
+                _split_short(pattern, piece)
+                if len(piece) <= _MAX_SHORT
+                else _isolate(pattern, piece)
+            )
+        ]
     return pieces
 
 
+# After the first patterns the pieces are words, which repeat. A call of a regular expression takes
+# microseconds, a lookup a tenth of that.
+_MAX_SHORT = 32  # characters
+
+
+@functools.lru_cache(maxsize=2**16)
+def _split_short(pattern: regex.Pattern[str], text: str) -> list[str]:
+    return _isolate(pattern, text)
+
+
 def _split_one(pattern: regex.Pattern[str], text: str) -> list[str]:
+    """Split a text by a pattern that is likely to match all of it."""
     seconds = _time_limit(pattern, text)
     if pattern.groups == 0:
         try:
@@ -168,6 +187,11 @@ def _split_one(pattern: regex.Pattern[str], text: str) -> list[str]:
         if sum(map(len, pieces)) == len(text) and "" not in pieces:
             return pieces
     # Rare: gaps, empty matches, or capture groups, which `findall` would return instead.
+    return _isolate(pattern, text)
+
+
+def _isolate(pattern: regex.Pattern[str], text: str) -> list[str]:
+    """Split a text into the matches of a pattern and the text between them."""
     pieces, end = [], 0
     for start, stop in find_all(pattern, text):
         pieces += [text[end:start], text[start:stop]]
