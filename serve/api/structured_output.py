@@ -9,16 +9,17 @@ An object schema with `properties` but without `additionalProperties` allows no 
 as in xgrammar's strict mode: small models otherwise invent properties until `max_tokens`.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
+from pydantic_core import from_json, to_json
+
 from serve.api.errors import APIError, missing_parameter, unsupported
 from serve.api.requests import GenerationBody
 from serve.models.decoder import DecoderModel
-from serve.models.grammar import CompiledGrammar, GrammarSource
+from serve.models.grammar import MAX_GRAMMAR_BYTES, CompiledGrammar, GrammarSource
 from serve.models.harmony import final_grammar
 from transformer.engine import GrammarError
 
@@ -113,20 +114,20 @@ def checked_schema(param: str, schema: Any) -> dict[str, Any]:
     """
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
+            schema = from_json(schema, allow_inf_nan=False)
+        except ValueError as error:
             raise grammar_error(param, f"the text is not valid JSON: {error}") from None
     if not isinstance(schema, dict):
         raise grammar_error(param, "expected a JSON schema, which is an object")
+    if (size := len(to_json(schema))) > MAX_GRAMMAR_BYTES:  # before its parts are compared
+        raise grammar_error(param, f"it has {size} bytes, more than {MAX_GRAMMAR_BYTES}")
     subschemas = list(_subschemas(schema))
     for subschema in subschemas:
         if (keyword := _unsupported_keyword(subschema)) is not None:
             raise grammar_error(param, f"the keyword '{keyword}' is not supported in this form")
-        if _is_endless(subschema, schema):
-            raise grammar_error(param, f"the '$ref' {subschema['$ref']!r} refers to itself")
-    # The branches of an allOf add properties to each other, so they stay open.
-    has_all_of = any("allOf" in subschema for subschema in subschemas)
-    schema = _normalize(schema, closes_objects=not has_all_of)
+    if (ref := _endless_ref(subschemas, schema)) is not None:
+        raise grammar_error(param, f"the '$ref' {ref!r:.80} refers to itself")
+    schema = _normalize(schema, open_ids=_intersecting(subschemas, schema))
     return {keyword: value for keyword, value in schema.items() if keyword != "x-guidance"}
 
 
@@ -152,24 +153,67 @@ def _unsupported_keyword(schema: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_endless(schema: dict[str, Any], root: dict[str, Any]) -> bool:
-    """Return whether the `$ref` of a schema leads through other `$ref`s only, back to one of them.
+def _endless_ref(subschemas: Sequence[dict[str, Any]], root: dict[str, Any]) -> str | None:
+    """Return a `$ref` that leads through other `$ref`s only back to itself; None if there is none.
 
     Args:
-        schema: the schema.
-        root: the whole document, in which `#/...` points to a value.
+        subschemas: all schemas of the document.
+        root: the document.
     """
-    seen: set[str] = set()
-    value: Any = schema
-    while isinstance(value, dict) and isinstance(ref := value.get("$ref"), str):
-        if ref in seen:
-            return True
-        seen.add(ref)
-        value = root if ref == "#" or ref.startswith("#/") else None
-        for part in ref.split("/")[1:]:
-            key = unquote(part).replace("~1", "/").replace("~0", "~")
-            value = value.get(key) if isinstance(value, dict) else None
-    return False
+    finite: set[str] = set()  # so that each is followed once
+    for schema in subschemas:
+        path: set[str] = set()
+        value: Any = schema
+        while isinstance(value, dict) and isinstance(ref := value.get("$ref"), str):
+            if ref in path:
+                return ref
+            if ref in finite:
+                break
+            path.add(ref)
+            value = _resolve(ref, root)
+        finite |= path
+    return None
+
+
+def _resolve(ref: str, root: dict[str, Any]) -> Any:
+    """Return the value in a document that a `$ref` such as "#/$defs/a" points to, or None."""
+    value: Any = root if ref == "#" or ref.startswith("#/") else None
+    for part in ref.split("/")[1:]:
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _intersecting(subschemas: Sequence[dict[str, Any]], root: dict[str, Any]) -> set[int]:
+    """Return the `id` of each schema that must hold together with another one for one object.
+
+    Such are the branches of an `allOf` with several, and `properties` beside a `$ref`, `anyOf`,
+    `oneOf` or `allOf`. Closed to the properties of each other, they would allow nothing.
+
+    Args:
+        subschemas: all schemas of the document.
+        root: the document.
+    """
+    open_ids: set[int] = set()
+    for schema in subschemas:
+        num_parts = sum(keyword in schema for keyword in ("properties", "$ref", "anyOf", "oneOf"))
+        if num_parts + len(_list(schema.get("allOf"))) <= 1:
+            continue
+        waiting: list[Any] = [schema]
+        while waiting:
+            part = waiting.pop()
+            if not isinstance(part, dict) or id(part) in open_ids:
+                continue
+            open_ids.add(id(part))
+            if isinstance(ref := part.get("$ref"), str):
+                waiting.append(_resolve(ref, root))
+            for keyword in ("allOf", "anyOf", "oneOf"):
+                waiting += _list(part.get(keyword))
+    return open_ids
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _types(schema: dict[str, Any]) -> list[Any]:
@@ -254,7 +298,7 @@ def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
             yield from _subschemas(child)
 
 
-def _normalize(schema: Any, *, closes_objects: bool) -> Any:
+def _normalize(schema: Any, *, open_ids: Set[int]) -> Any:
     """Return a schema that means the same with the keywords of llguidance.
 
     - `nullable`, of OpenAPI 3.0, adds the type "null".
@@ -263,11 +307,12 @@ def _normalize(schema: Any, *, closes_objects: bool) -> Any:
 
     Args:
         schema: the schema, which `_unsupported_keyword` has checked.
-        closes_objects: whether objects with `properties` allow no other properties by default.
+        open_ids: the `id` of each schema whose objects may have other properties than its
+            `properties`; those of all others may not by default.
     """
     if not isinstance(schema, dict):
         return schema
-    normalize = partial(_normalize, closes_objects=closes_objects)
+    normalize = partial(_normalize, open_ids=open_ids)
     result = dict(schema)
     for keyword, value in _children(schema):
         if keyword in _MAPS and isinstance(value, dict):
@@ -277,7 +322,7 @@ def _normalize(schema: Any, *, closes_objects: bool) -> Any:
         else:
             result[keyword] = normalize(value)
     limits_others = schema.keys() & {"additionalProperties", "patternProperties"}
-    if closes_objects and "properties" in schema and not limits_others:
+    if id(schema) not in open_ids and "properties" in schema and not limits_others:
         result["additionalProperties"] = False
     if result.pop("nullable", False):
         result["type"] = list(dict.fromkeys([*_types(schema), "null"]))
