@@ -11,7 +11,11 @@ import pytest
 import bpe
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bpe"
-MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
+MODELS = (
+    "smollm2-135m-instruct",
+    # Its 152,000 tokens take long to read.
+    pytest.param("qwen2.5-coder-0.5b-instruct", marks=pytest.mark.slow),
+)
 
 
 def models_folder() -> Path:

@@ -35,6 +35,7 @@ def test_bench_cases_have_the_sizes_of_the_model(tmp_path):
     assert "attend_cached 1x1 behind 300 float32" in expected
 
 
+@pytest.mark.slow
 def test_bench_with_wrong_usage_exits_with_code_and_names_the_value():
     for arguments, status, facts in (
         (["add"], 2, ["'add'", "decode"]),

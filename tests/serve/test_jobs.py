@@ -490,6 +490,7 @@ def old_client(address):
     return OldClient(install(), address)
 
 
+@pytest.mark.slow
 def test_client_of_2023_command_creates_and_follows_job(old_client, tmp_path):
     """`fine_tunes.create` uploads the file, creates the job, and follows it to the end."""
     path = tmp_path / "pairs.jsonl"

@@ -36,7 +36,7 @@ def read_chunk(params, cfg, kv_cache, ids, tables, starts, columns):
     return reduce(decoder.unembed(params, cfg, x[0]), columns), kv_cache
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 def read(request, model_file):
     """Return the golden file and the outputs for each prompt, computed with the cache."""
     path = model_file(request.param)
