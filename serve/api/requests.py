@@ -335,6 +335,7 @@ class Message(Body):
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Content | None = None
+    refusal: str | None = None
     name: str | None = None
     tool_calls: list[MessageToolCall] = []
     tool_call_id: str | None = None

@@ -21,11 +21,17 @@ from pydantic_core import from_json
 from bpe import ChatTemplate
 from serve.api.errors import APIError, missing_parameter, unsupported
 from serve.api.requests import ChatBody, FunctionDefinition, FunctionName, Message, ToolChoice
-from serve.api.structured_output import checked_schema, compile_grammar, output_source
+from serve.api.structured_output import (
+    checked_schema,
+    compile_grammar,
+    grammar_error,
+    output_source,
+)
 from serve.models.decoder import DecoderModel
 from serve.models.grammar import CompiledGrammar, GrammarSource
 from serve.models.harmony import harmony_grammar
 from serve.models.tool_calls import HARMONY, HERMES, MISTRAL, MISTRAL11, Notation, tool_grammar
+from transformer.engine import GrammarError
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 ANY_ARGUMENTS = {"type": "object"}
@@ -176,7 +182,8 @@ def compile_tools(
     """Return the field of a request that defines its tools, and the grammar of its answer.
 
     In `auto` mode, a tool that is not `strict` may have a schema that is not supported: its
-    arguments are limited to JSON objects.
+    arguments are limited to JSON objects. So are those of all such tools if the schemas are
+    supported, but too large together.
 
     Raises:
         APIError: 400 for a schema that has an error, is not supported, or is too large.
@@ -193,11 +200,7 @@ def compile_tools(
         compile_grammar(answer_param, source, model)  # an error names this field
         answer_schema = json.loads(source.text)
 
-    def compile(*, is_checked: bool) -> CompiledGrammar:
-        schemas = {
-            function.name: _argument_schema(settings, function, model, is_checked=is_checked)
-            for function in settings.allowed
-        }
+    def compile(schemas: Mapping[str, Mapping[str, Any]]) -> CompiledGrammar:
         if model.has_channels:
             grammar = harmony_grammar(
                 schemas,
@@ -217,10 +220,25 @@ def compile_tools(
             )
         return compile_grammar(settings.param, grammar, model)
 
+    def argument_schemas(*, is_checked: bool) -> dict[str, Mapping[str, Any]]:
+        return {
+            function.name: _argument_schema(settings, function, model, is_checked=is_checked)
+            for function in settings.allowed
+        }
+
     try:
-        return settings.param, compile(is_checked=False)
+        return settings.param, compile(argument_schemas(is_checked=False))
     except APIError:  # find the tool that cannot be used
-        return settings.param, compile(is_checked=True)
+        schemas = argument_schemas(is_checked=True)
+    try:
+        return settings.param, compile(schemas)
+    except APIError:  # the schemas are too large together
+        if settings.is_required:
+            raise
+    for function in settings.allowed:
+        if function.parameters is not None and not function.strict:
+            schemas[function.name] = ANY_ARGUMENTS
+    return settings.param, compile(schemas)
 
 
 def _argument_schema(
@@ -244,7 +262,12 @@ def _argument_schema(
         if not schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
             schema = {"type": "object"} | schema
         if is_checked:
-            compile_grammar(param, GrammarSource.from_schema(schema), model)
+            # Not kept: the grammar of all tools is the one that is compiled again.
+            model.grammar_compiler.compile(GrammarSource.from_schema(schema), is_kept=False)
+    except GrammarError as error:
+        if settings.is_required or function.strict:
+            raise grammar_error(param, str(error)) from None
+        return ANY_ARGUMENTS
     except APIError:
         if settings.is_required or function.strict:
             raise
@@ -273,7 +296,7 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         for call in calls:
             names[call["id"]] = call["function"]["name"]
             last_ids[call["function"]["name"]] = call["id"]
-        is_optional = bool(calls) or message.role == "function"
+        is_optional = message.role in ("assistant", "function")
         rendered = {"role": message.role, "content": _text_content(message, path, is_optional)}
         if message.name is not None:
             rendered["name"] = message.name
@@ -343,7 +366,7 @@ def _text_content(message: Message, path: str, is_optional: bool) -> str:
     """Return the content of a message as one string."""
     content = message.content
     if content is None and is_optional:
-        return ""
+        return message.refusal or ""
     if content is None:
         raise APIError(
             400,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 GrammarFormat = Literal["json_schema", "regex", "grammar", "lark"]
-MAX_CACHED_GRAMMARS = 64  # compiled grammars kept per model
+MAX_CACHED_GRAMMARS = 64  # compiled grammars kept per model, and as many errors
 MAX_GRAMMAR_BYTES = 2**18  # of a schema, a regular expression or a grammar
 IDLE_SECONDS = 1.0  # time without requests after which the trie of a loaded model is built
 _JSON_OPTIONS: JsonCompileOptions = {
@@ -142,6 +142,7 @@ class GrammarCompiler:
         self._vocabulary = tokenizer
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[GrammarSource, CompiledGrammar] = OrderedDict()
+        self._errors: OrderedDict[GrammarSource, str] = OrderedDict()  # messages
         self._lock, self._build_lock = threading.Lock(), threading.Lock()
 
     def build(self) -> llguidance.LLTokenizer:
@@ -156,27 +157,45 @@ class GrammarCompiler:
                 )
             return self._tokenizer
 
-    def compile(self, source: GrammarSource) -> CompiledGrammar:
+    def compile(self, source: GrammarSource, *, is_kept: bool = True) -> CompiledGrammar:
         """Return a compiled grammar.
+
+        Args:
+            source: the grammar.
+            is_kept: whether to cache the result, for grammars that will be compiled again. Errors
+                are always cached.
 
         Raises:
             GrammarError: the grammar has an error, uses a keyword that is not supported, allows no
                 text at all, or is too large.
         """
+        if (size := len(source.text.encode())) > MAX_GRAMMAR_BYTES:
+            raise GrammarError(f"the grammar has {size} bytes, more than {MAX_GRAMMAR_BYTES}")
         with self._lock:
             if source in self._compiled:
                 self._compiled.move_to_end(source)
                 return self._compiled[source]
-        compiled = self._compile(source)
-        with self._lock:
-            self._compiled[source] = compiled
-            if len(self._compiled) > MAX_CACHED_GRAMMARS:
-                self._compiled.popitem(last=False)
+            if source in self._errors:
+                self._errors.move_to_end(source)
+                raise GrammarError(self._errors[source])
+        try:
+            compiled = self._compile(source)
+        except GrammarError as error:
+            self._keep(self._errors, source, str(error))
+            raise
+        if is_kept:
+            self._keep(self._compiled, source, compiled)
         return compiled
 
+    def _keep(
+        self, cache: OrderedDict[GrammarSource, Any], source: GrammarSource, value: Any
+    ) -> None:
+        with self._lock:
+            cache[source] = value
+            if len(cache) > MAX_CACHED_GRAMMARS:
+                cache.popitem(last=False)
+
     def _compile(self, source: GrammarSource) -> CompiledGrammar:
-        if (size := len(source.text.encode())) > MAX_GRAMMAR_BYTES:
-            raise GrammarError(f"the grammar has {size} bytes, more than {MAX_GRAMMAR_BYTES}")
         try:
             if source.format == "json_schema":
                 grammar = llguidance.LLMatcher.grammar_from_json_schema(

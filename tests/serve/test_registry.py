@@ -135,7 +135,8 @@ CATALOGUE = catalogue.load()
         (
             "tts-1 tts-1-hd gpt-4o-mini-tts gpt-audio gpt-4o-audio-preview gpt-realtime "
             "gpt-4o-realtime-preview omni-moderation-latest text-moderation-stable sora-2 "
-            "gpt-oss-20b claude-4 GPT-5 gpt- o opus gpt-neo ft:gpt-4o:org::id org/gpt-5 gpt2",
+            "gpt-oss-20b claude-4 GPT-5 gpt- o opus gpt-neo o200k_base o1abc ft:gpt-4o:org::id "
+            "org/gpt-5 gpt2",
             None,
         ),
     ],

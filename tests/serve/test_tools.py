@@ -10,10 +10,12 @@ import pytest
 
 from bpe import ChatTemplate
 from serve.models import tool_calls
+from serve.models.grammar import GrammarCompiler, GrammarSource
 from serve.models.tool_calls import CallPart, TextPart, ToolCallParser
 from tests.serve import scripted
 from tests.serve.conftest import client as open_client
 from tests.serve.tiny_data import TEMPLATE, TOOL_TEMPLATE
+from transformer.engine import GrammarError
 
 LLAMA_TEMPLATE = (
     "{{ tools | tojson }}{% for message in messages %}{% if message.tool_calls %}"
@@ -67,9 +69,12 @@ def models():
         "prompted": TEMPLATE,
         "mistral": MISTRAL_TEMPLATE,
     }
-    return {
+    models = {
         name: replace(scripted.model(name, source, ENCODING), context=2048)
         for name, source in templates.items()
+    }
+    return models | {
+        "long": replace(scripted.model("long", TOOL_TEMPLATE, ENCODING), context=2**20)
     }
 
 
@@ -441,6 +446,41 @@ def function(**fields):
     return {"type": "function", "function": {"name": "f"} | fields}
 
 
+LARGE = [
+    function(name=f"f{index}", parameters={"type": "object", "description": "x" * 2048})
+    for index in range(128)
+]
+
+
+def test_tools_too_large_together_are_limited_to_json_in_auto_mode(ask):
+    """Regression: 128 tools of 2 kB were a 400, though each of them is supported.
+
+    Each request also compiled everything again, and the 128 schemas displaced all other grammars.
+    """
+    now = NOW | {"function": NOW["function"] | {"strict": True}}
+    ask("", model="long")
+    kept = ask.grammar
+    with pytest.raises(openai.BadRequestError) as error:
+        ask("", model="long", tools=LARGE, tool_choice="required")
+    assert (error.value.param, error.value.code) == ("tools", "invalid_grammar")
+    ask("", model="long", tools=[*LARGE[1:], now])
+    assert accepts(ask.grammar, CALL_ADD.replace("add", "f9"))
+    assert not accepts(ask.grammar, CALL_NOW.replace("{}", '{"a": 1}'))
+    ask("", model="long")
+    assert ask.grammar is kept
+
+
+def test_error_of_a_grammar_is_cached(models, monkeypatch):
+    """Regression: a grammar that cannot be used was compiled anew for each request."""
+    compiler = GrammarCompiler(models["hermes"].tokenizer)
+    source = GrammarSource("regex", "(")
+    with pytest.raises(GrammarError):
+        compiler.compile(source)
+    monkeypatch.setattr(compiler, "_compile", None)
+    with pytest.raises(GrammarError):
+        compiler.compile(source)
+
+
 RESULT = {"role": "tool", "content": "7", "tool_call_id": "call_9"}
 
 
@@ -501,7 +541,7 @@ RESULT = {"role": "tool", "content": "7", "tool_call_id": "call_9"}
         (
             "messages[1].content",
             "invalid_value",
-            {"messages": [USER, {"role": "assistant", "content": None}]},
+            {"messages": [USER, {"role": "user", "content": None}]},
         ),
     ],
 )
@@ -518,6 +558,7 @@ def test_model_list_says_how_models_call_tools(client):
         "hermes": "trained",
         "prompted": "prompted",
         "mistral": "trained",
+        "long": "trained",
     }
 
 
@@ -597,3 +638,10 @@ def test_required_grammar_allows_what_the_parser_reads(template):
         ids.append(token)
     parser = ToolCallParser(notation, ["now"], is_streaming=False)
     assert parser.push(ENCODING.decode(ids)) == [CallPart(0, "now", '{"x": "}"}')]
+
+
+def test_message_of_the_assistant_without_content_is_taken(ask):
+    """OpenAI's own form of a refusal was a 400."""
+    refusal = {"role": "assistant", "content": None, "refusal": "I will not add."}
+    ask("Hi.", messages=[USER, refusal, USER])
+    assert "I will not add." in ask.prompt

@@ -62,8 +62,7 @@ async def create_chat_completion(request: Request) -> Response:
     if body.store:
         check_store(request)
     tools = read_tools(body)
-    needs_tools = bool(body.tools or body.functions)
-    model = await get_loaded_model(request, body.model, DecoderModel, needs_tools=needs_tools)
+    model = await get_loaded_model(request, body.model, DecoderModel, needs_tools=tools is not None)
     _report_unused_variables(request, body, model)
     context = context_of(request.scope)
     generation = await asyncio.to_thread(build_generation, body, tools, model, context)
