@@ -52,15 +52,20 @@ class TextSettings(Body):
     verbosity: Annotated[Literal["low", "medium", "high"] | None, UNUSED] = None
 
 
-class FlatTool(Body):
-    """A function, or a namespace of functions. Other tools are not supported."""
+class FlatFunction(Body):
+    """A function that the model may call."""
 
     type: str
     name: Name | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    tools: Annotated[list["FlatTool"], Field(max_length=128, fail_fast=True)] = []
+
+
+class FlatTool(FlatFunction):
+    """A function, or a namespace of functions. Other tools are not supported."""
+
+    tools: Annotated[list[FlatFunction], Field(max_length=128, fail_fast=True)] = []
     external_web_access: bool = True  # of web_search
 
 
@@ -204,19 +209,22 @@ def namespaces(tools: Sequence[FlatTool]) -> dict[str, tuple[str, str]]:
     }
 
 
-def needs_no_tool(tool: FlatTool) -> bool:
+def needs_no_tool(tool: FlatFunction) -> bool:
     """Return whether a tool asks for nothing, such as Codex's web search without web access."""
-    return tool.type == "web_search" and not tool.external_web_access
+    return isinstance(tool, FlatTool) and tool.type == "web_search" and not tool.external_web_access
 
 
 def _functions(
-    tools: Sequence[FlatTool], path: str, namespace: str | None = None
+    tools: Sequence[FlatFunction], path: str, namespace: str | None = None
 ) -> Iterator[Tool]:
     """Yield the functions of a list of tools and of its namespaces."""
     for index, tool in enumerate(tools):
         if needs_no_tool(tool):
             continue
-        if tool.type != "function" and (tool.type != "namespace" or namespace is not None):
+        functions: Sequence[FlatFunction] | None = None
+        if isinstance(tool, FlatTool) and tool.type == "namespace":
+            functions = tool.tools
+        if tool.type != "function" and functions is None:
             raise unsupported(
                 f"{path}[{index}].type",
                 tool.type,
@@ -225,8 +233,8 @@ def _functions(
             )
         if tool.name is None:
             raise missing_parameter(f"{path}[{index}].name")
-        if tool.type == "namespace":
-            yield from _functions(tool.tools, f"{path}[{index}].tools", tool.name)
+        if functions is not None:
+            yield from _functions(functions, f"{path}[{index}].tools", tool.name)
             continue
         function = FunctionDefinition.model_construct(
             name=qualified_name(namespace, tool.name),
