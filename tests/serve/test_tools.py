@@ -447,7 +447,7 @@ def function(**fields):
 
 
 LARGE = [
-    function(name=f"f{index}", parameters={"type": "object", "description": "x" * 2048})
+    function(name=f"f{index}", parameters={"type": "object", "title": f"{index}" + "x" * 2048})
     for index in range(128)
 ]
 

@@ -330,7 +330,7 @@ async def _generation(
         chat = to_chat_body(body, [])
         tools = read_tools(chat)
         model = await get_loaded_model(
-            request, body.model, DecoderModel, needs_tools=bool(body.tools)
+            request, body.model, DecoderModel, needs_tools=tools is not None
         )
         start = [Message(role="system", content=body.instructions)] if body.instructions else []
         while True:
