@@ -52,11 +52,13 @@ class BatchRunner:
         self._app = app
         self._routes = AsyncExitStackMiddleware(app.router)  # without the other middleware
         self._task: asyncio.Task[None] | None = None
+        self._has_new_batch = asyncio.Event()
 
     def start(self) -> None:
-        """Run all unfinished batches, unless they are running; call this on the event loop."""
+        """Run all unfinished batches, also a new one; call this on the event loop."""
+        self._has_new_batch.set()
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run_all())
+            self._task = asyncio.create_task(self._run_for_ever())
 
     async def stop(self) -> None:
         """Stop; the requests that run now are not recorded, and answered after the next start."""
@@ -64,7 +66,13 @@ class BatchRunner:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def _run_all(self) -> None:
+    async def _run_for_ever(self) -> None:
+        while True:
+            await self._has_new_batch.wait()
+            self._has_new_batch.clear()
+            await self._run_unfinished()
+
+    async def _run_unfinished(self) -> None:
         while batches := await asyncio.to_thread(self._batches.unfinished):
             try:
                 await self._run(batches[0])
@@ -84,26 +92,27 @@ class BatchRunner:
             )
         except FileNotFoundError:
             message = f"The file '{batch['input_file_id']}' was deleted."
-            lines, errors = [], [{"code": "file_not_found", "message": message, "param": None}]
-            errors = [error | {"line": None} for error in errors]
+            error = {"code": "file_not_found", "message": message, "param": None, "line": None}
+            lines, errors = [], [error]
         if errors and batch["status"] in ("validating", "in_progress"):
             errors = {"object": "list", "data": errors}
             await asyncio.to_thread(batches.set_status, id, "failed", errors=errors)
             return
         await asyncio.to_thread(batches.set_in_progress, id, len(lines))
         waiting = await asyncio.to_thread(batches.unanswered, id, lines)
+        owner = await asyncio.to_thread(batches.owner, id) or ""
         queue = iter(waiting)
 
         async def work() -> None:
             for line in queue:
                 if not await asyncio.to_thread(batches.can_continue, id):
                     return
-                await self._answer(batch, line)
+                await self._answer(batch, owner, line)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(MAX_CONCURRENT_LINES, len(waiting))):
                 group.create_task(work())
-        current = batches.get(id)
+        current = await asyncio.to_thread(batches.get, id)
         assert current is not None
         is_expired = current["expires_at"] <= time.time()
         cancelled = current["status"] == "cancelling"
@@ -132,18 +141,15 @@ class BatchRunner:
 
         return check
 
-    async def _answer(self, batch: JsonObject, line: Line) -> None:
-        context = RequestContext(
-            client=batch["id"],
-            owner=await asyncio.to_thread(self._batches.owner, batch["id"]) or "",
-            priority=1,
-        )
-        status, body = await self._post(batch["endpoint"], line.body, context)
-        for attempt in range(MAX_ATTEMPTS):
-            if status not in (429, 503):
+    async def _answer(self, batch: JsonObject, owner: str, line: Line) -> None:
+        context = RequestContext(client=batch["id"], owner=owner, priority=1)
+        attempt = 1
+        while True:
+            status, body = await self._post(batch["endpoint"], line.body, context)
+            if status not in (429, 503) or attempt == MAX_ATTEMPTS:
                 break
             await asyncio.sleep(2**attempt)
-            status, body = await self._post(batch["endpoint"], line.body, context)
+            attempt += 1
         result = result_of(line, status, context.id, body)
         await asyncio.to_thread(
             self._batches.add_result, batch["id"], line, result, is_error=status >= 400

@@ -85,7 +85,8 @@ async def add_part(request: Request, upload_id: str) -> dict[str, Any]:
     id = new_id("part_")
     with store.open_blob(id) as incoming:
         await read_form(request, PartForm, {"data": incoming}, MAX_PART)
-        sent = sum(part["bytes"] for part in _parts(store, upload_id).values())
+        parts = await asyncio.to_thread(_parts, store, upload_id)
+        sent = sum(part["bytes"] for part in parts.values())
         if sent + incoming.size > record["upload"]["bytes"]:
             raise _bad(
                 "data",
