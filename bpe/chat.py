@@ -396,6 +396,15 @@ class ChatTemplate:
         _ = self._template
 
     @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads, such as "messages" and "enable_thinking"."""
+        from bpe.sandbox import Sandbox
+
+        names = frozenset(Sandbox().variables(self.source))
+        other = self.tool_use_template
+        return names if other is None else names | other.variables
+
+    @functools.cached_property
     def _template(self) -> jinja2.Template:
         from bpe.sandbox import Sandbox
 

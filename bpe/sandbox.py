@@ -27,7 +27,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.filters import FILTERS
 from jinja2.parser import Parser
@@ -363,6 +363,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return self.from_string(_Metering().visit(self.parse(source)))
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"chat template cannot be compiled: {error}") from error
+
+    def variables(self, source: str) -> set[str]:
+        """Return the names that a template looks up in its variables.
+
+        Raises:
+            jinja2.TemplateError: if the source cannot be parsed.
+        """
+        return meta.find_undeclared_variables(self.parse(source))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Return whether a template may access an attribute."""

@@ -192,6 +192,10 @@ def test_template_variables_are_passed_on_or_named(http, engine):
     """`TEMPLATE` has no variable `enable_thinking`, so the request's value has no effect."""
     fields = {"chat_template_kwargs": {"enable_thinking": False}}
     assert prompt_of(http, engine, **fields)[1] == "chat_template_kwargs.enable_thinking"
+    # Regression: a name that is part of the source, here of "messages", counted as read.
+    fields = {"chat_template_kwargs": {"message": 1, "mess": 1, "add_generation_prompt_": 1}}
+    ignored = prompt_of(http, engine, **fields)[1]
+    assert ignored is not None and "chat_template_kwargs.mess" in ignored.split(", ")
     fields = {"chat_template_kwargs": {"messages": []}}
     assert refusal(ask(http, CHAT, scripted="scripted", **fields)) == (
         "chat_template_kwargs.messages",

@@ -121,7 +121,7 @@ def _report_unused_variables(request: Request, body: ChatBody, model: DecoderMod
         [
             Unused(f"chat_template_kwargs.{path_part(name)}", is_declared=True)
             for name in body.chat_template_kwargs
-            if template is not None and name not in template.source
+            if template is not None and name not in template.variables
         ],
     )
 
