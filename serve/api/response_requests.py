@@ -33,6 +33,7 @@ from serve.api.response_items import Items, qualified_name
 from serve.api.unused_fields import UNUSED
 
 LOGPROBS = "message.output_text.logprobs"
+_TEXT = ResponseFormat(type="text")
 
 
 class TextFormat(Body):
@@ -175,7 +176,14 @@ def to_chat_body(body: InputTokensBody, messages: list[Message]) -> ChatBody:
     }
     fields.pop("stream_options", None)
     text = body.text.format
-    schema = None
+    if text.type != "text" and fields.get("response_format", _TEXT) != _TEXT:
+        raise APIError(
+            400,
+            "Only one of 'text.format' and 'response_format' can be set, because both limit the "
+            "output.",
+            param="text.format",
+            code="invalid_value",
+        )
     if text.type == "json_schema" and text.json_schema is None:
         raise missing_parameter("text.format.schema")
     if text.type == "json_schema":
@@ -260,22 +268,22 @@ def _tool_choice(choice: str | FlatToolChoice | None) -> Any:
 
 
 _PARAMS = (  # path in a chat request, path in a request for a response
-    ("response_format.json_schema", "text.format"),
-    ("response_format", "text.format"),
     ("tool_choice.function", "tool_choice"),
     ("tool_choice.allowed_tools", "tool_choice"),
     ("messages", "input"),
 )
+_FORMAT_PARAMS = (("response_format.json_schema", "text.format"),)  # if `text.format` is set
 
 
 @contextlib.contextmanager
-def response_params() -> Iterator[None]:
+def response_params(body: InputTokensBody) -> Iterator[None]:
     """Let errors of the chat request name the fields of the request for a response."""
+    has_format = body.text.format.type != "text"
     try:
         yield
     except APIError as error:
         param = error.param or ""
-        for chat_path, path in _PARAMS:
+        for chat_path, path in (*_PARAMS, *(_FORMAT_PARAMS if has_format else ())):
             if param.startswith(chat_path):
                 param = path + param.removeprefix(chat_path)
                 break

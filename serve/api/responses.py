@@ -1,7 +1,8 @@
 """Pydantic models of responses, for /openapi.json, after OpenAI's specification.
 
 Routes return dictionaries, which are not validated against these models at run time; a test
-compares the two (`tests/serve/test_schema.py`).
+compares the two (`tests/serve/test_schema.py`). The routes of /v1/responses are in
+`routes/responses.py`.
 """
 
 from typing import Annotated, Any, Generic, Literal, TypeVar

@@ -22,6 +22,7 @@ from serve.jobs.store import JsonObject, Store
 
 KINDS = ("response", "chat.completion", "conversation", "conversation.item")
 SECONDS_PER_DAY = 86_400
+EXPIRY_CHECK_SECONDS = 3600.0  # an expired object cannot be read, even before it is deleted
 
 
 @dataclass
@@ -84,6 +85,7 @@ class ResponseStore:
         self.running: dict[str, BackgroundRun] = {}
         self._fail_interrupted()
         self._num_bytes = store.total_bytes(KINDS)
+        self._next_expiry_check = 0.0
         self._prune()
 
     def add(self, kind: str, id: str, owner: str, body: JsonObject, parent: str = "") -> None:
@@ -165,11 +167,15 @@ class ResponseStore:
 
     def _prune(self) -> None:
         """Delete expired objects, and the oldest ones until all others fit."""
+        now = time.time()
+        if self._num_bytes <= self._max_bytes and now < self._next_expiry_check:
+            return
+        self._next_expiry_check = now + EXPIRY_CHECK_SECONDS
         if self._num_bytes > self._max_bytes:  # an estimate: updates count old fields as well
             self._num_bytes = self._store.total_bytes(KINDS)
         self._num_bytes -= self._store.erase_oldest(
             KINDS,
-            stored_before=time.time() - self._max_seconds,
+            stored_before=now - self._max_seconds,
             num_bytes=self._num_bytes - self._max_bytes,
         )
 

@@ -366,3 +366,47 @@ def test_call_of_a_function_in_a_namespace_names_both(ask):
     ]
     ask("7.", items, tools=[namespace])
     assert ask.prompt.count("math__add") == 2
+
+
+# --- what is stored ---------------------------------------------------------------------------
+
+
+def test_item_of_a_conversation_can_be_referred_to_in_it(ask, client):
+    """The conversation would have had one id twice, which ended the response with an error."""
+    conversation = client.conversations.create()
+    ask("One.", "Count.", conversation=conversation.id)
+    items = client.conversations.items.list(conversation.id, order="asc").data
+    reference = {"type": "item_reference", "id": items[0].id}
+    assert ask("Two.", [reference], conversation=conversation.id).status == "completed"
+    items = client.conversations.items.list(conversation.id, order="asc").data
+    assert [item.content[0].text for item in items] == ["Count.", "One.", "Count.", "Two."]
+    assert len({item.id for item in items}) == 4
+
+
+def test_refused_request_leaves_nothing_in_the_store(model, tmp_path):
+    """A response was stored before its first token, also if the queue was full."""
+    with (
+        scripted.serve_models(model, home=tmp_path) as address,
+        open_client(address, strict=True) as client,
+        pytest.raises(openai.RateLimitError),
+    ):
+        client.responses.create(model="hermes", input="busy wxyzzy-51")
+    stored = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"wxyzzy-51" in data for data in stored)
+
+
+def test_two_output_formats_are_refused(ask):
+    formats = {
+        "text": {"format": {"type": "json_object"}},
+        "extra_body": {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+    }
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(**formats)
+    assert error.value.param == "text.format"
+
+
+def test_error_of_response_format_names_that_field(ask):
+    bad = {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(extra_body={"response_format": bad})
+    assert error.value.param == "response_format.json_schema.schema"

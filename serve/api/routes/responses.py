@@ -8,6 +8,7 @@ Left out: tools that OpenAI's servers run, such as web search, and prompts that 
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
@@ -53,6 +54,7 @@ from serve.api.unused_fields import Unused
 from serve.jobs.store import new_id
 from serve.models.decoder import DecoderModel
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1")
 
 # --- create -----------------------------------------------------------------------------------
@@ -75,14 +77,14 @@ async def create_response(request: Request) -> Response:
     history = await asyncio.to_thread(_history, stored, owner, body)
     items = await asyncio.to_thread(_resolve_references, stored, owner, to_items(body.input))
     generation, tools = await _generation(request, body, history, items)
-    response = _response(body, generation, tools, is_stored=is_stored)
+    response = _response(body, generation, is_stored=is_stored)
     writer = ResponseWriter(response)
     events = _events(writer, generation, tools, namespaces(body.tools))
     if is_stored:
-        record = {"response": response, "input": [*history, *items], "parts": []}
-        await asyncio.to_thread(stored.add, "response", response["id"], owner, record)
-        conversation = None if body.conversation is None else response["conversation"]["id"]
-        events = _store_at_end(stored, owner, writer, events, items, conversation)
+        record = {"response": response, "input": [*history, *items], "parts": writer.parts}
+        if body.background:  # can be read before its end
+            await asyncio.to_thread(stored.add, "response", response["id"], owner, record)
+        events = _store_at_end(stored, owner, record, items, events)
     if body.background:
         run = stored.running[response["id"]] = BackgroundRun()
         run.task = asyncio.create_task(run.collect(events))
@@ -92,10 +94,10 @@ async def create_response(request: Request) -> Response:
         return JSONResponse(response)
     if body.stream:
         return await event_stream(request, events, named=True)
-    last = await cancel_on_disconnect(request.receive, _last(events))
-    if (error := last["response"]["error"]) is not None:
-        raise writer.error or APIError(500, error["message"], type="server_error")
-    return JSONResponse(last["response"])
+    await cancel_on_disconnect(request.receive, _read_all(events))
+    if writer.error is not None:
+        raise writer.error
+    return JSONResponse(response)
 
 
 async def _events(
@@ -131,6 +133,8 @@ async def _events(
     except Exception as error:
         if not has_begun:
             raise
+        if not isinstance(error, APIError):
+            log.exception("%s failed", writer.response["id"])
         writer.error = as_api_error(error)
         yield writer.fail(writer.error.message)
 
@@ -157,38 +161,46 @@ def _parts(
 async def _store_at_end(
     stored: ResponseStore,
     owner: str,
-    writer: ResponseWriter,
-    events: AsyncGenerator[Event, None],
+    record: dict[str, Any],
     items: list[dict[str, Any]],
-    conversation: str | None,
+    events: AsyncGenerator[Event, None],
 ) -> AsyncGenerator[Event, None]:
-    """Yield events, and store the response before the last one."""
-    id = writer.response["id"]
+    """Yield the events of a response, and store it before the last one.
+
+    Args:
+        stored: The stored responses; a response in the background is among them.
+        owner: The API key that the response belongs to.
+        record: The stored form of the response, which the events complete.
+        items: The items of the request.
+        events: The events.
+    """
+    response = record["response"]
 
     def save() -> None:
-        stored.update("response", id, response=writer.response, parts=writer.parts)
-        if conversation is not None and writer.response["status"] in ("completed", "incomplete"):
-            stored.add_items(conversation, owner, [*items, *writer.response["output"]])
+        if response["background"]:
+            stored.update("response", response["id"], **record)
+        else:
+            stored.add("response", response["id"], owner, record)
+        if "conversation" in response and response["status"] in ("completed", "incomplete"):
+            new_items = [*items, *response["output"]]
+            stored.add_items(response["conversation"]["id"], owner, new_items)
 
     try:
         async with aclosing(events):
             async for event in events:
-                if event["type"].rpartition(".")[2] in ("completed", "incomplete", "failed"):
+                if response["status"] in ("completed", "incomplete", "failed"):
                     await asyncio.to_thread(save)
                 yield event
     finally:
-        if writer.response["status"] in ("queued", "in_progress"):  # cancelled, or client left
-            writer.response["status"] = "cancelled"
-            save()
+        if response["background"] and response["status"] in ("queued", "in_progress"):
+            response["status"] = "cancelled"
+            save()  # without await, because the task is being cancelled
 
 
-async def _last(events: AsyncGenerator[Event, None]) -> Event:
-    last: Event | None = None
+async def _read_all(events: AsyncGenerator[Event, None]) -> None:
     async with aclosing(events):
-        async for event in events:
-            last = event
-    assert last is not None
-    return last
+        async for _ in events:
+            pass
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -201,9 +213,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _response(
-    body: ResponseBody, generation: Generation, tools: ToolSettings | None, *, is_stored: bool
-) -> dict[str, Any]:
+def _response(body: ResponseBody, generation: Generation, *, is_stored: bool) -> dict[str, Any]:
     """Return a response without output in OpenAI's shape."""
     params = generation.requests[0].sampling_params
     response = {
@@ -302,11 +312,13 @@ def _history(stored: ResponseStore, owner: str, body: InputTokensBody) -> list[d
 def _resolve_references(
     stored: ResponseStore, owner: str, items: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return items with the stored items in the place of references to them."""
+    """Return items with copies of the stored items in the place of references to them."""
     resolved = []
     for index, item in enumerate(items):
         if item["type"] == "item_reference":
-            item = stored.find_item(item["id"], owner, param=f"input[{index}].id")
+            found = stored.find_item(item["id"], owner, param=f"input[{index}].id")
+            # A conversation has each id once, also if it refers to its own items.
+            item = found | {"id": new_id(found["id"].partition("_")[0] + "_")}
         resolved.append(item)
     return resolved
 
@@ -326,7 +338,7 @@ async def _generation(
             if needs_no_tool(tool)
         ],
     )
-    with response_params():
+    with response_params(body):
         chat = to_chat_body(body, [])
         tools = read_tools(chat)
         model = await get_loaded_model(
