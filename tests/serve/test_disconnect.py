@@ -26,6 +26,7 @@ from transformer.engine.runner import BUCKETS, CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 
 pytestmark = pytest.mark.heavy
+HTTP_WORKERS = 40 + 32  # the bounds of AnyIO's thread pool and of asyncio's executor
 
 
 def send(address, body):
@@ -189,7 +190,8 @@ def test_random_disconnects_free_all_cache_blocks(small):
     wait_until(lambda: standing()[3] <= before[3])
     after, grown = standing(), process.memory_info().rss - held
     assert after[:2] == before[:2] == (0, 0)
-    assert after[2] <= before[2] + 2 and after[3] <= before[3], (before, after)
+    # The server's bounded pools may still have grown; a thread per request would be 500.
+    assert after[2] <= before[2] + HTTP_WORKERS and after[3] <= before[3], (before, after)
     assert grown < 30 * 2**20, f"{grown / 2**20:.0f} MB more"
     stats = served.engine.stats()
     assert stats.finished["cancelled"] > 400 and stats.finished.keys() <= {"cancelled", "length"}
