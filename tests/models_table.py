@@ -54,13 +54,18 @@ window, and beyond the context before scaling. Tolerance: {tolerance:g}.
 - KV cache: of logits, after prefill in chunks and token by token across a block;
 - parts: of every intermediate, given the same input;
 - GGUF: of the logits of a file that llama.cpp's converter writes, with a vocabulary of llama.cpp.
+
+Models with dense layers among layers with experts (`mlp_only_layers` or `decoder_sparse_step` of
+Qwen3-MoE) are refused, with the name of the key: no published model of these families has them.
 """
 ENCODERS = """\
 ## Encoders and cross-encoders
 
 From text to vector or score, against sentence-transformers, with a tokenizer of the family. The
 distance is 1 - cosine similarity (tolerance {distance:g}); the difference is that of elements, or
-of scores (tolerance {tolerance:g}).
+of scores (tolerance {tolerance:g}). "From GGUF": of the file that llama.cpp's converter writes. A
+GGUF file of a BERT cross-encoder is refused, because the converter drops its pooler, through which
+the scores are computed; for a CamemBERT cross-encoder there is no converter.
 """
 TOKENIZERS = """\
 ## Tokenizers
@@ -78,7 +83,7 @@ def main() -> None:
     if not (folder := os.environ.get("LLAMA_CPP")):
         sys.exit("set LLAMA_CPP to a folder with convert_hf_to_gguf.py and models/")
     llama_cpp, started = Path(folder), time.monotonic()
-    sections = [decoder_jobs(llama_cpp), encoder_jobs(), tokenizer_jobs(llama_cpp)]
+    sections = [decoder_jobs(llama_cpp), encoder_jobs(llama_cpp), tokenizer_jobs(llama_cpp)]
     total, tables = sum(map(len, sections)), []
     for jobs in sections:
         tables.append([])
@@ -154,7 +159,7 @@ def decoder_jobs(llama_cpp: Path) -> Jobs:
     return jobs
 
 
-def encoder_jobs() -> Jobs:
+def encoder_jobs(llama_cpp: Path) -> Jobs:
     """Return a job for each kind of encoder, pooling and cross-encoder."""
     from tests.serve import encoder_comparisons as comparisons
 
@@ -169,11 +174,14 @@ def encoder_jobs() -> Jobs:
 
         return row
 
-    def scores(kind: str, labels: int) -> Row:
+    def scores(kind: str, labels: int, is_gguf: bool) -> Row:
         with temporary_folder() as folder:
-            difference = comparisons.score_difference(kind, labels, True, folder)
+            if is_gguf:
+                difference = comparisons.converted_score_difference(kind, llama_cpp, folder, labels)
+            else:
+                difference = comparisons.score_difference(kind, labels, True, folder)
         check(kind, [difference], comparisons.TOLERANCE)
-        what = "scores" if labels == 1 else "scores of two labels"
+        what = "scores" + " of two labels" * (labels == 2) + " from GGUF" * is_gguf
         return f"`{kind}`", what, "`CrossEncoder`", "", number(difference)
 
     jobs: Jobs = {}
@@ -190,7 +198,9 @@ def encoder_jobs() -> Jobs:
     )
     for kind, family in encoder_families.FAMILIES.items():
         for labels in (1, 2) if family.head else ():
-            jobs[f"cross-encoder {kind}, labels: {labels}"] = partial(scores, kind, labels)
+            for is_gguf in (False, True) if kind in comparisons.CONVERTIBLE else (False,):
+                label = f"cross-encoder {kind}, labels: {labels}{', GGUF' * is_gguf}"
+                jobs[label] = partial(scores, kind, labels, is_gguf)
     return jobs
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from serve.models.encoder import load_embedding_model
 from serve.models.reranker import load_rerank_model
-from tests.transformer.comparisons import convert
+from tests.transformer.comparisons import convert, vocabulary, write_bpe
 
 TEXTS = json.loads((Path(__file__).parents[1] / "golden" / "encoder" / "texts.json").read_text())
 TEXTS = [text for text in TEXTS if text.strip()][::8]
@@ -86,23 +86,36 @@ def write_tokenizer(folder: Path, kind: str, has_types: bool = True) -> None:
             vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet
         )
         tokenizer.train_from_iterator(TEXTS, trainer)
-        templates = {
-            "qwen3": ("$A </s>", "$A $B </s>"),
-            "llama": ("<s> $A", "<s> $A <s> $B"),
-            "gemma3_text": ("<s> $A </s>", "<s> $A </s> <s> $B </s>"),
-            "modernbert": ("<s> $A </s>", "<s> $A </s> $B </s>"),
-        }
-        if kind in templates:
-            single, pair = templates[kind]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=single, pair=pair, special_tokens=[("<s>", 0), ("</s>", 2)]
-            )
-        else:
-            tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-        names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", cls_token="<s>",
-                     sep_token="</s>", unk_token="<unk>", mask_token="<mask>")  # fmt: skip
+        return save_byte_level(folder, kind, tokenizer)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=128, padding_side="right", **names
+    )
+    fast.save_pretrained(folder)
+
+
+def save_byte_level(folder: Path, kind: str, tokenizer: Any, max_length: int = 128) -> None:
+    """Save a byte-level BPE tokenizer with the special tokens of a model family."""
+    import transformers
+    from tokenizers import processors
+
+    bos, eos = ((token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>"))
+    templates = {
+        "qwen3": ("$A </s>", "$A $B </s>"),
+        "llama": ("<s> $A", "<s> $A <s> $B"),
+        "gemma3_text": ("<s> $A </s>", "<s> $A </s> <s> $B </s>"),
+        "modernbert": ("<s> $A </s>", "<s> $A </s> $B </s>"),
+    }
+    if kind in templates:
+        single, pair = templates[kind]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[bos, eos]
+        )
+    else:
+        tokenizer.post_processor = processors.RobertaProcessing(eos, bos)
+    names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", cls_token="<s>",
+                 sep_token="</s>", unk_token="<unk>", mask_token="<mask>")  # fmt: skip
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=max_length, padding_side="right", **names
     )
     fast.save_pretrained(folder)
 
@@ -236,11 +249,22 @@ def served_scores(path: Path) -> np.ndarray:
     return asyncio.run(model.score(pairs))
 
 
-def converted_score_difference(llama_cpp: Path, folder: Path, labels: int, file: str) -> float:
-    """Compare the scores of an XLM-R cross-encoder that llama.cpp's converter made a GGUF file.
+# Kind of cross-encoder -> the files from which llama.cpp's converter can read its vocabulary.
+CONVERTIBLE = {
+    "roberta": ("tokenizer.json",),
+    "xlm-roberta": ("sentencepiece.bpe.model", "tokenizer.json"),
+    "modernbert": ("tokenizer.json",),
+}
+
+
+def converted_score_difference(
+    kind: str, llama_cpp: Path, folder: Path, labels: int, file: str = "tokenizer.json"
+) -> float:
+    """Compare the scores of a cross-encoder that llama.cpp's converter made a GGUF file.
 
     Args:
-        llama_cpp: A folder with convert_hf_to_gguf.py.
+        kind: A kind of model, a key of `CONVERTIBLE`.
+        llama_cpp: A folder with convert_hf_to_gguf.py and models/.
         folder: An empty folder to write to.
         labels: As in `score_difference`.
         file: The file from which the converter reads the vocabulary.
@@ -251,28 +275,69 @@ def converted_score_difference(llama_cpp: Path, folder: Path, labels: int, file:
     import torch
     import transformers
     from sentence_transformers import CrossEncoder
-    from sentencepiece import SentencePieceTrainer
 
     source = folder / "hf"
     source.mkdir()
     torch.manual_seed(0)
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 3), model_prefix=str(source / "sentencepiece.bpe"),
-        model_type="unigram", vocab_size=300, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = transformers.XLMRobertaTokenizer.from_pretrained(source, model_max_length=130)
-    tokenizer.save_pretrained(source)
-    if file == "tokenizer.json":
-        (source / "sentencepiece.bpe.model").unlink()
     # The converter takes two labels without names for the default, and writes none.
     names = {i: f"relevance {i}" for i in range(labels)}
-    cfg = config("xlm-roberta", vocab_size=len(tokenizer), type_vocab_size=1, id2label=names)
+    if kind == "xlm-roberta":
+        vocab_size = write_unigram(source, file)
+        cfg = config(kind, vocab_size=vocab_size, type_vocab_size=1, id2label=names)
+    else:
+        write_gpt2(source, kind, llama_cpp)
+        ids = dict(bos_token_id=50257, pad_token_id=50258, eos_token_id=50259)
+        if kind == "roberta":  # positions begin after the id of the padding token
+            ids |= dict(max_position_embeddings=50259 + 130)
+        else:
+            # Published files have a second name of norm_eps, which the converter reads.
+            ids |= dict(cls_token_id=50257, sep_token_id=50259, layer_norm_eps=1e-5)
+        cfg = config(kind, vocab_size=50262, id2label=names, **ids)
     model = transformers.AutoModelForSequenceClassification.from_config(cfg)
     randomize(model)
     model.save_pretrained(source)
     theirs = CrossEncoder(str(source), device="cpu").predict(PAIRS)
     if labels == 2:
         theirs = torch.softmax(torch.tensor(theirs), 1)[:, 1].numpy()
+    from_folder = served_scores(source)
+    if kind != "xlm-roberta":
+        # The converter recognizes a vocabulary by ids, those of special tokens included. From these
+        # keys it writes what it writes from the post-processor of published files.
+        added = dict(add_bos_token=True, add_eos_token=True, add_sep_token=kind == "roberta")
+        for name, change in (("tokenizer", {"post_processor": None}), ("tokenizer_config", added)):
+            path = source / f"{name}.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
     ours = served_scores(convert(llama_cpp, source))
-    np.testing.assert_allclose(ours, served_scores(source), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours, from_folder, rtol=0, atol=1e-6)
     return float(np.abs(ours - theirs).max())
+
+
+def write_unigram(folder: Path, file: str) -> int:
+    """Train a tokenizer as XLM-R has on `TEXTS`, and return the number of its tokens.
+
+    Args:
+        folder: The folder to write to.
+        file: "tokenizer.json" to write no sentencepiece.bpe.model.
+    """
+    import transformers
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 3), model_prefix=str(folder / "sentencepiece.bpe"),
+        model_type="unigram", vocab_size=300, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = transformers.XLMRobertaTokenizer.from_pretrained(folder, model_max_length=130)
+    tokenizer.save_pretrained(folder)
+    if file == "tokenizer.json":
+        (folder / "sentencepiece.bpe.model").unlink()
+    return len(tokenizer)
+
+
+def write_gpt2(folder: Path, kind: str, llama_cpp: Path) -> None:
+    """Write the vocabulary of GPT-2, followed by the special tokens of a model family."""
+    import tokenizers
+
+    write_bpe(folder, vocabulary(llama_cpp / "models" / "ggml-vocab-gpt-2.gguf"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(SPECIAL)
+    save_byte_level(folder, kind, tokenizer, max_length=130)

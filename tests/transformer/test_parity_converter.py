@@ -65,10 +65,19 @@ def test_model_converted_by_llama_cpp_matches_transformers(llama_cpp, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("labels", "file"),
-    [(1, "sentencepiece.bpe.model"), (1, "tokenizer.json"), (2, "tokenizer.json")],
+    ("kind", "labels", "file"),
+    [
+        (kind, labels, file)
+        for kind, files in encoder_comparisons.CONVERTIBLE.items()
+        for labels in (1, 2)
+        for file in files
+    ],
 )
-def test_reranker_converted_by_llama_cpp_matches_cross_encoder(llama_cpp, tmp_path, labels, file):
+def test_reranker_converted_by_llama_cpp_matches_cross_encoder(
+    llama_cpp, tmp_path, kind, labels, file
+):
     """Bug: GGUF files of rerankers, such as those of bge-reranker-v2-m3, were refused."""
-    difference = encoder_comparisons.converted_score_difference(llama_cpp, tmp_path, labels, file)
+    difference = encoder_comparisons.converted_score_difference(
+        kind, llama_cpp, tmp_path, labels, file
+    )
     assert difference <= encoder_comparisons.TOLERANCE
