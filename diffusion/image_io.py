@@ -31,11 +31,13 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[str, ...] = get_args(ImageFormat)
 MAX_PIXELS = 4096 * 4096
 MAX_SCANS = 100  # of a JPEG file; cameras and optimizers write about ten
-MAX_PARTS = 20_000  # chunks of a PNG file, markers of a JPEG file
+MAX_PARTS = 20_000  # chunks of a PNG, markers of a JPEG, sub-blocks before the frame of a GIF
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF")
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+_PNG, _JPEG, _GIF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"GIF8"
 # A JPEG marker, except a stuffed byte (00), a fill byte (FF) and restart markers in coded data.
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+# The start of an extension, a frame or the end of a GIF file; Pillow skips other bytes.
+_GIF_BLOCK = re.compile(rb"[!,;]")
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 # Bits per sample of a PNG file, by Pillow's raw mode.
 _DEPTHS = {"L;2": 2, "L;4": 4, "L": 8, "I;16B": 16, "RGB": 8, "RGB;16B": 16}
@@ -131,7 +133,9 @@ def _low_bytes(data: bytes) -> np.ndarray:
 def _check_parts(data: bytes) -> None:
     """Check a file before decoding, which could take too long.
 
-    Parts are the chunks of a PNG or the segments of a JPEG; scans are those of a progressive JPEG.
+    Parts are the chunks of a PNG, the segments of a JPEG, or whatever precedes the frame of a GIF:
+    sub-blocks of extensions, such as comments, and bytes between blocks. Scans are those of a
+    progressive JPEG.
 
     Raises:
         ValueError: the file has more than `MAX_PARTS` parts or `MAX_SCANS` scans.
@@ -152,8 +156,20 @@ def _check_parts(data: bytes) -> None:
             position = marker.end()
             if code not in (_SOI, _TEM):
                 position += int.from_bytes(data[position : position + 2], "big")
+    elif data.startswith(_GIF) and len(data) > 10:
+        has_palette, depth = data[10] >> 7, (data[10] & 7) + 1
+        position = 13 + 3 * 2**depth * has_palette
+        while parts <= MAX_PARTS:
+            block = _GIF_BLOCK.search(data, position)
+            parts += (block.end() if block else len(data)) - position  # with skipped bytes
+            if block is None or block[0] != b"!":
+                break
+            position = block.end() + 1  # after the label of the extension
+            while parts <= MAX_PARTS and position < len(data) and data[position]:
+                parts += 1
+                position += 1 + data[position]
     if parts > MAX_PARTS:
-        raise _TooLarge(f"the image file has more than {MAX_PARTS:,} chunks or segments")
+        raise _TooLarge(f"the image file has more than {MAX_PARTS:,} chunks, segments or blocks")
     if scans > MAX_SCANS:
         raise _TooLarge(f"the image has more than {MAX_SCANS} scans; save it as a baseline JPEG")
 

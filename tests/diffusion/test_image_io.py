@@ -206,6 +206,27 @@ def scans(count: int, size: int = 64) -> bytes:
     return data[:-2] + scan * (count - data.count(b"\xff\xda")) + data[-2:]
 
 
+def test_gif_with_too_many_parts_before_its_frame_is_refused() -> None:
+    """Bug: a GIF with a comment of 20 MB took four seconds."""
+    from PIL import Image
+
+    gif = io.BytesIO()
+    Image.new("P", (2, 2)).save(gif, "gif")
+    data = gif.getvalue()
+    frame = 13 + 3 * 2 ** ((data[10] & 7) + 1)
+
+    def with_parts(count: int) -> list[bytes]:
+        comment = b"!\xfe" + (b"\xff" + b"," * 255) * count + b"\0"
+        parts = (comment, b"\0" + comment, b"!\xfe\0" * count, b"\0" * count)
+        return [data[:frame] + part + data[frame:] for part in parts]
+
+    for few in with_parts(image_io.MAX_PARTS // 10):
+        assert image_io.decode(few).shape == (2, 2, 4)
+    for many in with_parts(image_io.MAX_PARTS + 1):
+        with pytest.raises(image_io._TooLarge, match=naming(f"{image_io.MAX_PARTS:,}")):
+            image_io.decode(many)
+
+
 def test_jpeg_with_too_many_scans_is_refused() -> None:
     """Bug: a file of 35 kB with 400 scans of 2,048 x 2,048 pixels took seconds, without a limit."""
     assert image_io.decode(scans(image_io.MAX_SCANS)).shape == (64, 64, 4)
