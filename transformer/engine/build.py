@@ -59,7 +59,7 @@ def build_engine(
         notify: called with a message for each program that took long to compile or to load.
 
     Raises:
-        ValueError: `cache_bytes` is less than one block.
+        ValueError: `cache_bytes` is less than one block, or the logits are NaN.
     """
     runner = build_runner(
         params, cfg, num_ids or cfg.vocab_size, cache_bytes, cache_dtype, notify=notify
@@ -111,6 +111,9 @@ def start_engine(
         clock: returns the time in seconds.
         on_speed: called with (tokens, seconds) of decoding when a sequence ends during which no
             other sequence ran.
+
+    Raises:
+        ValueError: the logits of the model are NaN.
     """
     runner.warm_up()
     _trim_heap()

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import queue
 import time
 from collections import Counter
@@ -39,6 +40,7 @@ from transformer.sampling import SampleOutput
 log = logging.getLogger(__name__)
 
 FAILURE_MESSAGE = "The server had an error while processing your request."
+NAN_MESSAGE = "The logits of the model are NaN: its weights are damaged, or overflow in this dtype."
 UNREAD_MESSAGE = "The client did not read the response as it came, so the request was cancelled."
 MAX_UNREAD_EVENTS = 4096  # per request; most clients read each event before the next
 MIN_TIMED_TOKENS = 32  # fewer tokens of a sequence give no reliable speed for `on_speed`
@@ -421,6 +423,9 @@ class Engine(WorkSource):
         token, request = int(output.ids[i]), sequence.request
         if request.max_tokens == 0:  # only prompt log-probabilities were requested
             self._finish(sequence, Done("length"))
+            return
+        if math.isnan(output.logprobs[i]):
+            self._finish(sequence, Failed(NAN_MESSAGE))
             return
         if sequence.num_generated < len(sequence.preempted_ids):  # recomputed: keep the old token
             token = sequence.preempted_ids[sequence.num_generated]

@@ -132,7 +132,11 @@ class Runner:
             self._program(name)
 
     def warm_up(self) -> None:
-        """Run each program that a single conversation needs, so that requests do not compile it."""
+        """Run each program that a single conversation needs, so that requests do not compile it.
+
+        Raises:
+            ValueError: the logits are NaN.
+        """
         sequence = Sequence(
             SequenceRequest(prompt=(0,), max_tokens=1, sampling_params=_GREEDY),
             deliver=lambda event: None,
@@ -140,7 +144,8 @@ class Runner:
         sequence.slot = NUM_SLOTS
         self.prefill(sequence, (cache.NULL_BLOCK, cache.NULL_BLOCK))
         sequence.ids.append(0)
-        self.decode([sequence])
+        if np.isnan(self.decode([sequence]).logprobs[0]):
+            raise ValueError("the logits of the model are NaN: its weights are damaged or overflow")
 
     def _program(self, name: str | int) -> Callable:
         if name not in self._programs:

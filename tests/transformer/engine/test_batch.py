@@ -12,7 +12,8 @@ import pytest
 
 from transformer import decoder
 from transformer.config import Config
-from transformer.engine import Device, Done, SequenceRequest, Token, build_engine
+from transformer.engine import Device, Done, Failed, SequenceRequest, Token, build_engine
+from transformer.engine.engine import NAN_MESSAGE
 from transformer.sampling import SamplingParams
 
 pytestmark = pytest.mark.heavy
@@ -62,6 +63,31 @@ def test_generate_batch_with_logprobs_returns_those_of_prompt_and_completion(eng
         completion.prompt_logprobs[0].logprob is None and completion.prompt_logprobs[1].logprob < 0
     )
     assert [len(token.top_logprobs) for token in completion.tokens] == [2, 2]
+
+
+def test_build_engine_nan_weight_raises_value_error():
+    """Bug: a model with NaN in its weights generated the token 0 without an error."""
+    params = decoder.init(jax.random.key(0), CFG)
+    (layer,) = params.layers
+    up = layer.up.replace(weight=layer.up.weight.at[0, 0].set(np.nan))
+    with pytest.raises(ValueError, match="NaN"):
+        build_engine(params.replace(layers=(layer.replace(up=up),)), CFG, cache_bytes=2**22)
+
+
+def test_generate_nan_embedding_of_a_token_fails_only_its_sequences():
+    params = decoder.init(jax.random.key(0), CFG)
+    embed = params.embed.replace(weight=params.embed.weight.at[7].set(np.nan))
+    params = params.replace(embed=embed, head=params.head or params.embed)
+    device = Device()
+    engine = build_engine(params, CFG, cache_bytes=2**22, device=device)
+    bad, good = (
+        list(engine.generate(SequenceRequest(prompt=(id,), max_tokens=2, sampling_params=GREEDY)))
+        for id in (7, 8)
+    )
+    assert bad[-1] == Failed(NAN_MESSAGE)
+    assert good[-1] == Done("length")
+    engine.close()
+    device.close()
 
 
 def test_generate_batch_empty_returns_empty_list(engine):
