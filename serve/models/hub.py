@@ -695,7 +695,8 @@ def _failure(name: str, error: BaseException) -> Failure | None:
             return NotFound(f"{repo} has no revision {parse(name).revision!r}")
         case errors.OfflineModeIsEnabled():
             return Unreachable(
-                f"{name} is not in {cache_folder()}, and HF_HUB_OFFLINE is set: unset it to pull"
+                f"HF_HUB_OFFLINE is set, so only files in {cache_folder()} are used: unset it to "
+                f"pull {name}"
             )
         case errors.HFValidationError():
             return WrongUsage(f"{name!r} is not a name of a model of the hub: {error}")

@@ -26,7 +26,7 @@ from serve.models.hub_files import Candidate, RemoteFile
 from serve.models.spec import LoadOptions
 from tests import hub_server
 from tests.hub_server import Hub
-from tests.naming import naming
+from tests.naming import names, naming
 from tests.serve import processes, tiny_gguf
 
 pytestmark = pytest.mark.heavy
@@ -530,6 +530,9 @@ def test_pull_offline_uses_cache_or_raises_unreachable(server, home, monkeypatch
     record = pull(f"hf:{REPO}", home)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     count = len(server.requests)
+    notes: list[str] = []
+    assert pull(f"hf:{REPO}", home, lines=notes) == record
+    assert names(notes[-1], "HF_HUB_OFFLINE", record.commit[:8])
     hub._record_path(record.name, home).unlink()
     (record.path / "README.md").write_text("of another program")
     again = pull(f"hf:{REPO}@{record.commit}", home)
