@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import families, quarot
+from transformer import hf_config, quarot
 from transformer.checkpoint import safetensors
 from transformer.checkpoint.names import TensorSource, join_rows, rows_of, tensor_sources
 from transformer.config import Config
@@ -306,7 +306,7 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
 
 def _tensor_sources(cfg: Config) -> list[dict[str, TensorSource]]:
     """Return one dictionary per layer: name of a linear map -> its Hugging Face tensor."""
-    tree = tensor_sources(cfg, "hf", architecture=families.to_hf(cfg)["model_type"])
+    tree = tensor_sources(cfg, "hf", architecture=hf_config.to_hf(cfg)["model_type"])
     return [
         {
             name: getattr(layer, name).weight

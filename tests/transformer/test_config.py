@@ -15,7 +15,7 @@ from tests.transformer.conftest import (
     MORE,
     TINY,
 )
-from transformer import families
+from transformer import hf_config
 from transformer.config import Config, RopeScaling
 
 LINEAR = RopeScaling(rope_type="linear", factor=8.0)
@@ -176,13 +176,13 @@ def test_windows_are_normalized_to_shortest_period(windows, shortest):
     ids=str,
 )
 def test_to_hf_then_from_hf_returns_equal_config(cfg):
-    assert families.from_hf(json.loads(json.dumps(families.to_hf(cfg)))) == cfg
+    assert hf_config.from_hf(json.loads(json.dumps(hf_config.to_hf(cfg)))) == cfg
 
 
 @pytest.mark.parametrize("name", [*TINY, *MORE])
 def test_config_json_of_transformers_round_trips(name):
-    cfg = families.from_hf(hf(name))
-    assert families.from_hf(families.to_hf(cfg)) == cfg
+    cfg = hf_config.from_hf(hf(name))
+    assert hf_config.from_hf(hf_config.to_hf(cfg)) == cfg
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_config_json_of_transformers_round_trips(name):
 def test_to_hf_without_model_type_raises(change):
     cfg = Config.debug(**change)
     with pytest.raises(ValueError, match=naming(cfg)):
-        families.to_hf(cfg)
+        hf_config.to_hf(cfg)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_to_hf_without_model_type_raises(change):
 )
 def test_unsupported_key_or_value_is_rejected(name, change, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
-        families.from_hf(hf(name, **change))
+        hf_config.from_hf(hf(name, **change))
 
 
 @pytest.mark.parametrize("name", [*TINY, *MORE])
@@ -313,20 +313,20 @@ def test_value_of_any_type_is_read_or_raises_value_error(name):
     for key in (*hf(name), *more):
         for value in INVALID_VALUES:
             with contextlib.suppress(ValueError):  # any other exception fails the test
-                families.from_hf(hf(name, **{key: value}))
+                hf_config.from_hf(hf(name, **{key: value}))
 
 
 def test_disabled_window_of_qwen2_is_ignored():
     off = dict(use_sliding_window=False, layer_types=["full_attention"] * 2)
-    stated = families.from_hf(hf("qwen2", sliding_window=4096, **off))
-    assert stated == families.from_hf(hf("qwen2", **off)) and stated.windows == (None,)
+    stated = hf_config.from_hf(hf("qwen2", sliding_window=4096, **off))
+    assert stated == hf_config.from_hf(hf("qwen2", **off)) and stated.windows == (None,)
 
 
 def from_transformers_4(name: str, **changes) -> Config:
     """Read a golden config without the keys that only transformers 5 writes."""
     config = hf(name, **changes)
     del config["rope_parameters"]
-    return families.from_hf(config)
+    return hf_config.from_hf(config)
 
 
 def test_config_of_transformers_4_is_read_like_that_of_5():
@@ -335,45 +335,45 @@ def test_config_of_transformers_4_is_read_like_that_of_5():
     assert cfg.rope_theta == 500 and cfg.rope_scaling == LINEAR
     llama3 = {"original_max_position_embeddings": 16, "rope_type": "llama3", "factor": 8.0}
     llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert from_transformers_4("llama", rope_theta=500.0, rope_scaling=llama3) == families.from_hf(
+    assert from_transformers_4("llama", rope_theta=500.0, rope_scaling=llama3) == hf_config.from_hf(
         hf("llama")
     )
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
     yarn["beta_slow"] = None  # null is treated as absent
-    assert from_transformers_4("qwen3", rope_scaling=yarn) == families.from_hf(hf("qwen3"))
+    assert from_transformers_4("qwen3", rope_scaling=yarn) == hf_config.from_hf(hf("qwen3"))
     gemma = from_transformers_4(
         "gemma3", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear
     )
-    assert gemma == families.from_hf(hf("gemma3"))
+    assert gemma == hf_config.from_hf(hf("gemma3"))
 
 
 def test_absent_keys_have_defaults_of_transformers():
     config = hf("gemma3")
     for key in ("layer_types", "_sliding_window_pattern", "rope_parameters", "sliding_window"):
         del config[key]
-    cfg = families.from_hf(config)
+    cfg = hf_config.from_hf(config)
     assert cfg.windows == (4096, 4096, None)
     assert (cfg.rope_theta, cfg.local_rope_theta) == (1e6, 1e4)
     silent = {k: v for k, v in hf("mistral").items() if k != "sliding_window"}
-    assert families.from_hf(silent).windows == (4096,)
+    assert hf_config.from_hf(silent).windows == (4096,)
     qwen = hf("qwen2", max_window_layers=1, sliding_window=9)
     del qwen["layer_types"]
-    assert families.from_hf(qwen).windows == (None, 9)
+    assert hf_config.from_hf(qwen).windows == (None, 9)
 
 
 def test_softcap_is_none_if_null_and_default_if_absent():
     """As in transformers, null disables a soft cap that has a default."""
-    assert families.from_hf(hf("gemma2", attn_logit_softcapping=None)).attn_logit_softcap is None
+    assert hf_config.from_hf(hf("gemma2", attn_logit_softcapping=None)).attn_logit_softcap is None
     config = hf("gemma2")
     del config["attn_logit_softcapping"], config["final_logit_softcapping"]
-    cfg = families.from_hf(config)
+    cfg = hf_config.from_hf(config)
     assert (cfg.attn_logit_softcap, cfg.final_logit_softcap) == (50.0, 30.0)
 
 
 def test_old_rope_types_of_longrope_are_read():
     keys = dict(short_factor=LONG["short_factor"], long_factor=LONG["long_factor"])
-    expected = families.from_hf(hf("phi3"))
+    expected = hf_config.from_hf(hf("phi3"))
     for name in ("su", "yarn", "longrope"):
         config = hf("phi3", rope_scaling=dict(type=name, **keys), rope_theta=1e4)
-        assert families.from_hf(config) == expected
+        assert hf_config.from_hf(config) == expected
     assert expected.rope_scaling.attention_factor == pytest.approx((1 + 5 / 4) ** 0.5)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.naming import naming
 from tests.transformer.conftest import GOLDEN, INVALID_VALUES
-from transformer import cache, checkpoint, decoder, families
+from transformer import cache, checkpoint, decoder, families, gguf_config
 from transformer.checkpoint import gguf as reader
 from transformer.config import RopeScaling
 
@@ -64,7 +64,7 @@ def test_metadata_of_any_type_is_read_or_raises_value_error(name):
     for key in (*metadata, f"{kind}.rope.scaling.type", f"{kind}.rope.scaling.factor"):
         for value in INVALID_VALUES:
             with contextlib.suppress(ValueError):  # any other exception fails the test
-                families.from_gguf(metadata | {key: value}, has_head=False)
+                gguf_config.from_gguf(metadata | {key: value}, has_head=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,14 +140,14 @@ def test_key_of_any_type_is_read_or_raises_value_error(kind):
             for value in ("x", [], {}, -1, 0, None, float("nan"), 2**63):
                 changed = metadata | {f"{kind}.{key}": value}
                 with contextlib.suppress(ValueError):  # any other exception fails the test
-                    families.from_gguf(changed, has_head=True, rope_factors=factors)
+                    gguf_config.from_gguf(changed, has_head=True, rope_factors=factors)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "x", float("nan")])
 def test_error_names_rope_base(value):
     metadata = metadata_of("llama", **{"rope.freq_base": value})
     with pytest.raises(ValueError, match=naming("llama.rope.freq_base", value)):
-        families.from_gguf(metadata, has_head=True, rope_factors=SCALINGS["none"])
+        gguf_config.from_gguf(metadata, has_head=True, rope_factors=SCALINGS["none"])
 
 
 def test_window_without_its_key_is_that_of_llama_cpp():
@@ -155,11 +155,11 @@ def test_window_without_its_key_is_that_of_llama_cpp():
     for kind, windows in (("gemma2", (4096, None)), ("gemma3", (None,)), ("phi3", (None,))):
         metadata = metadata_of(kind)
         metadata.pop(f"{kind}.attention.sliding_window", None)
-        assert families.from_gguf(metadata, has_head=False).windows == windows
+        assert gguf_config.from_gguf(metadata, has_head=False).windows == windows
     metadata = metadata_of("gpt-oss")
     del metadata["gpt-oss.attention.sliding_window"]
     with pytest.raises(ValueError, match=naming("gpt-oss.attention.sliding_window")):
-        families.from_gguf(metadata, has_head=False)
+        gguf_config.from_gguf(metadata, has_head=False)
 
 
 @pytest.mark.parametrize("pattern", [[True], [True, False, True], [], [1, 2], ["x", "y"]])
@@ -168,10 +168,10 @@ def test_window_pattern_of_wrong_length_or_type_is_rejected(pattern):
     more = {"attention.sliding_window": 8, "attention.sliding_window_pattern": pattern}
     facts = ("gemma2.attention.sliding_window_pattern", len(pattern), 2)
     with pytest.raises(ValueError, match=naming(*facts)):
-        families.from_gguf(metadata_of("gemma2", **more), has_head=False)
+        gguf_config.from_gguf(metadata_of("gemma2", **more), has_head=False)
 
 
 def test_window_pattern_with_a_flag_per_layer_is_read():
     more = {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True]}
-    cfg = families.from_gguf(metadata_of("gemma2", **more), has_head=False)
+    cfg = gguf_config.from_gguf(metadata_of("gemma2", **more), has_head=False)
     assert cfg.windows == (None, 8)

@@ -15,7 +15,7 @@ from tests.transformer.comparisons import LENGTH, TOLERANCE, reference
 from tests.transformer.conftest import MORE, TINY
 from tests.transformer.quantized import quantized
 from training.recipes.decoder import next_token_loss
-from transformer import cache, checkpoint, config_keys, decoder, families, lora, rope
+from transformer import cache, checkpoint, config_keys, decoder, hf_config, lora, rope
 
 pytestmark = pytest.mark.parity
 
@@ -290,7 +290,7 @@ def test_rope_scaling_matches_transformers(scaling, more):
         rope_theta=5e4,
         **more,
     )
-    cfg = families.from_hf(
+    cfg = hf_config.from_hf(
         {"model_type": "llama", "vocab_size": 9, "rope_scaling": scaling} | sizes
     )
     module = LlamaRotaryEmbedding(LlamaConfig(rope_scaling=dict(scaling), **sizes))
@@ -300,7 +300,7 @@ def test_rope_scaling_matches_transformers(scaling, more):
     cos, _ = rope.angles(positions.numpy(), cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     theirs, _ = module(torch.zeros(1), positions)
     np.testing.assert_allclose(cos[:, :, 0], theirs[..., : cfg.head_dim // 2], rtol=0, atol=1e-4)
-    assert families.from_hf(families.to_hf(cfg)) == cfg
+    assert hf_config.from_hf(hf_config.to_hf(cfg)) == cfg
 
 
 def test_key_table_covers_configs_of_transformers():

@@ -13,7 +13,7 @@ import audio.config
 from tests.naming import naming
 from tests.transformer.conftest import MORE, TINY
 from tests.transformer.test_config import hf
-from transformer import config_keys, encoder, families
+from transformer import config_keys, encoder, families, gguf_config, hf_config
 from transformer.config import RopeScaling
 
 LLAMA = dict(
@@ -269,20 +269,20 @@ PUBLISHED_MORE = {
 @pytest.mark.parametrize("name", PUBLISHED_MORE)
 def test_published_config_sets_fields_and_num_params(name, caplog):
     config, num_params, fields = PUBLISHED_MORE[name]
-    cfg = families.from_hf(config)
+    cfg = hf_config.from_hf(config)
     assert {field: getattr(cfg, field) for field in fields} == fields
     assert cfg.num_params == num_params
-    restored = json.loads(json.dumps(families.to_hf(cfg)))
+    restored = json.loads(json.dumps(hf_config.to_hf(cfg)))
     assert restored["model_type"] == config["model_type"]
-    assert families.from_hf(restored) == cfg
+    assert hf_config.from_hf(restored) == cfg
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config_sets_windows_and_num_params(name):
     config, num_params = PUBLISHED[name]
-    cfg = families.from_hf(config)
+    cfg = hf_config.from_hf(config)
     assert cfg.num_params == num_params
-    assert families.from_hf(json.loads(json.dumps(families.to_hf(cfg)))) == cfg
+    assert hf_config.from_hf(json.loads(json.dumps(hf_config.to_hf(cfg)))) == cfg
     expected = {"gemma-3-1b": (512,) * 5 + (None,), "gemma-3-270m": (512,) * 5 + (None,)}
     expected["Mistral-7B-v0.1"] = (4096,)
     assert cfg.windows == expected.get(name, (None,))
@@ -383,7 +383,7 @@ ACCEPTED = {
             original_max_seq_len=4096,
             beta_fast=32.0,
             beta_slow=1.0,
-            attention_factor=families.yarn_mscale(16.0),
+            attention_factor=hf_config.yarn_mscale(16.0),
         ),
     ),
     "Llama-3.1-8B": (
@@ -500,7 +500,7 @@ ACCEPTED = {
             original_max_seq_len=32768,
             beta_fast=32.0,
             beta_slow=1.0,
-            attention_factor=families.yarn_mscale(4.0),
+            attention_factor=hf_config.yarn_mscale(4.0),
         ),
     ),
     "Qwen3-0.6B-Base": (
@@ -627,14 +627,14 @@ REFUSED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_key_of_public_config_sets_field(name):
     config, field, value = ACCEPTED[name]
-    assert getattr(families.from_hf(config), field) == value
+    assert getattr(hf_config.from_hf(config), field) == value
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_public_config_is_rejected_with_key(name):
     config, *facts = REFUSED[name]
     with pytest.raises(ValueError, match=naming(*facts)):
-        families.from_hf(config)
+        hf_config.from_hf(config)
 
 
 NEUTRAL = {
@@ -676,7 +676,7 @@ NOT_NEUTRAL = {
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_value_does_not_change_config(name):
     """Bug: these keys were rejected, although they do not change a Llama."""
-    assert families.from_hf(changed(TINYLLAMA, **NEUTRAL[name])) == families.from_hf(
+    assert hf_config.from_hf(changed(TINYLLAMA, **NEUTRAL[name])) == hf_config.from_hf(
         changed(TINYLLAMA)
     )
 
@@ -684,7 +684,7 @@ def test_neutral_value_does_not_change_config(name):
 @pytest.mark.parametrize("key", NOT_NEUTRAL)
 def test_value_that_is_not_neutral_is_rejected(key):
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
-        families.from_hf(changed(TINYLLAMA, **NOT_NEUTRAL[key]))
+        hf_config.from_hf(changed(TINYLLAMA, **NOT_NEUTRAL[key]))
 
 
 # model_type -> the reader of its config.json, and a valid config.json.
@@ -715,9 +715,9 @@ def test_every_table_key_with_other_value_is_rejected(key):
         if key in own | {"rope_parameters"}:
             continue
         with pytest.raises(ValueError, match=naming(key, "'x'")):
-            families.from_hf(hf(name, **{key: "x"}))
-        neutral = families.from_hf(hf(name, **{key: None}))
-        assert neutral == families.from_hf(hf(name))
+            hf_config.from_hf(hf(name, **{key: "x"}))
+        neutral = hf_config.from_hf(hf(name, **{key: None}))
+        assert neutral == hf_config.from_hf(hf(name))
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -735,7 +735,7 @@ def test_ignored_keys_are_logged_once(caplog):
     config = hf("llama", frobnicate=1, unsloth_fixed=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert families.from_hf(config) == families.from_hf(hf("llama"))
+            assert hf_config.from_hf(config) == hf_config.from_hf(hf("llama"))
     (record,) = caplog.records
     assert "'frobnicate', 'unsloth_fixed'" in record.getMessage()
 
@@ -814,21 +814,21 @@ GGUF_REFUSED = {
 
 @pytest.mark.parametrize("name", GGUF_NEUTRAL)
 def test_neutral_gguf_keys_do_not_change_config(name):
-    expected = families.from_gguf(LLAMA_GGUF, has_head=False)
-    assert families.from_gguf(LLAMA_GGUF | GGUF_NEUTRAL[name], has_head=False) == expected
+    expected = gguf_config.from_gguf(LLAMA_GGUF, has_head=False)
+    assert gguf_config.from_gguf(LLAMA_GGUF | GGUF_NEUTRAL[name], has_head=False) == expected
     assert expected.num_params == 1_235_814_400
 
 
 @pytest.mark.parametrize("key", GGUF_REFUSED)
 def test_unsupported_gguf_key_is_rejected_with_name(key):
     with pytest.raises(ValueError, match=key):
-        families.from_gguf(LLAMA_GGUF | {key: GGUF_REFUSED[key]}, has_head=False)
+        gguf_config.from_gguf(LLAMA_GGUF | {key: GGUF_REFUSED[key]}, has_head=False)
 
 
 @pytest.mark.parametrize("key", config_keys.GGUF)
 def test_every_gguf_table_key_with_other_value_is_rejected(key):
     with pytest.raises(ValueError, match=naming(f"llama.{key}", "'x'")):
-        families.from_gguf(LLAMA_GGUF | {f"llama.{key}": "x"}, has_head=False)
+        gguf_config.from_gguf(LLAMA_GGUF | {f"llama.{key}": "x"}, has_head=False)
 
 
 def test_gguf_rope_scaling_matches_llama_cpp():
@@ -836,13 +836,13 @@ def test_gguf_rope_scaling_matches_llama_cpp():
 
     def scaling(**keys) -> RopeScaling | None:
         keys = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
-        return families.from_gguf(LLAMA_GGUF | keys, has_head=False).rope_scaling
+        return gguf_config.from_gguf(LLAMA_GGUF | keys, has_head=False).rope_scaling
 
     assert scaling(factor=4.0) == RopeScaling(rope_type="linear", factor=4.0)
     assert scaling(type="linear") is None and scaling(type="none", factor=4.0) is None
     yarn = dict(type="yarn", factor=4.0, finetuned=True)
     expected = dict(rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0)
-    sharp = families.yarn_mscale(4.0)
+    sharp = hf_config.yarn_mscale(4.0)
     assert scaling(**yarn) == RopeScaling(
         **expected, original_max_seq_len=131072, attention_factor=sharp
     )

@@ -34,7 +34,7 @@ from training.config import TrainConfig
 from training.packing import Batches
 from training.recipes import run_dir
 from training.recipes.decoder import DecoderTask, LoraTask, cast_params
-from transformer import checkpoint, families, lora
+from transformer import checkpoint, hf_config, lora
 from transformer.checkpoint import gguf
 from transformer.config import Config as Model
 
@@ -249,7 +249,7 @@ def check_trainable(cfg: Model) -> None:
         ValueError: no format can store the model; some GGUF files have such combinations.
     """
     try:
-        families.to_hf(cfg)
+        hf_config.to_hf(cfg)
     except ValueError as error:
         raise ValueError(f"the model cannot be fine-tuned, only used: {error}") from None
 

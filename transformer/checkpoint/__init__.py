@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import families, quarot
+from transformer import gguf_config, hf_config, quarot
 from transformer.checkpoint import gguf, safetensors
 from transformer.checkpoint.gguf import LazyTensor
 from transformer.checkpoint.names import (
@@ -109,7 +109,7 @@ def read_header(path: Path) -> Header:
     """Read the metadata, the config, and names and shapes of the tensors; raises as `load`."""
     if path.is_dir():
         metadata, tensors = safetensors.read(path, ignore=_IGNORED_TENSORS)
-        cfg, scheme, architecture = families.from_hf(metadata), "hf", metadata["model_type"]
+        cfg, scheme, architecture = hf_config.from_hf(metadata), "hf", metadata["model_type"]
         tensors = with_prefix(tensors, architecture)
     elif path.suffix in safetensors.PICKLE_SUFFIXES:
         raise ValueError(
@@ -125,7 +125,7 @@ def read_header(path: Path) -> Header:
                 if len(tensor.shape) != 1:
                     raise ValueError(f"{path}: {name} must have one axis, got {tensor.shape}")
                 factors[name.removesuffix(".weight")] = tensor.read(0, tensor.shape[0]).tolist()
-        cfg = families.from_gguf(
+        cfg = gguf_config.from_gguf(
             metadata, has_head="output.weight" in tensors, rope_factors=factors
         )
         scheme, architecture = "gguf", metadata["general.architecture"]
@@ -338,7 +338,7 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
         raise ValueError(
             "int8 weights cannot be saved; save the float weights they were quantized from"
         )
-    config = families.to_hf(cfg)
+    config = hf_config.to_hf(cfg)
     parts_by_tensor: dict[str, list[np.ndarray]] = {}
 
     sources: dict[str, TensorSource] = {}

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import checkpoint, encoder_families, families, pooled_decoder
+from transformer import checkpoint, encoder_families, gguf_config, hf_config, pooled_decoder
 from transformer.checkpoint import bert, gguf, safetensors, sentence_transformers
 from transformer.encoder import AnyConfig, AnyParams
 from transformer.pooling import Dense
@@ -141,7 +141,7 @@ def _read_decoder(path: Path) -> tuple[pooled_decoder.Config, dict[str, Any], st
     is_causal = not config.pop("use_bidirectional_attention", False)
     if config.get("is_causal") is False:  # as in the files of models that bring their own code
         config["is_causal"], is_causal = True, False
-    decoder_cfg = families.from_hf(config)
+    decoder_cfg = hf_config.from_hf(config)
     limit = modules.max_tokens or decoder_cfg.max_seq_len
     cfg = pooled_decoder.Config(
         decoder=decoder_cfg,
@@ -174,7 +174,7 @@ def _read_gguf_decoder(
         }
         metadata["general.architecture"] = kind = "gemma3"
     tensors.pop("output.weight", None)
-    decoder_cfg = families.from_gguf(metadata, has_head=False)
+    decoder_cfg = gguf_config.from_gguf(metadata, has_head=False)
     dense = tuple(  # llama.cpp has two, without bias and activation
         Dense(
             in_features=sizes["in"],
