@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bpe.formats.checks import get_one_of, get_required, read_json, short_repr, warn_unknown_keys
-from bpe.formats.huggingface import read_added_tokens
+from bpe.formats.huggingface import read_added
 from bpe.wordpiece import WordPiece
 
 
@@ -98,7 +98,14 @@ def _wordpiece_json(path: Path) -> WordPiece:
     pre_tokenizer = get_required(spec, "pre_tokenizer", dict, str(path))
     get_one_of(pre_tokenizer, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
 
-    special = read_added_tokens(spec, vocab, str(path))
+    special = {}
+    for token in read_added(spec, vocab, str(path)):
+        for key in ("single_word", "lstrip", "rstrip", "normalized"):
+            if getattr(token, key):
+                raise ValueError(
+                    f"{path}: {key} of {token.content!r} in added_tokens is True; supported: False"
+                )
+        special[token.content] = token.id
     if missing := special.keys() - vocab.keys():
         raise ValueError(f"{path}: {min(missing)!r} of added_tokens is not in model.vocab")
     cls, sep = _cls_and_sep(spec.get("post_processor"), f"{path}: post_processor")

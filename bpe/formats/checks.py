@@ -46,7 +46,7 @@ def get_required(mapping: Any, key: str, kind: type, where: str) -> Any:
     """
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind):
-        problem = "it is missing" if value is None else f"got {type(value).__name__}"
+        problem = "but it is missing" if value is None else f"got {type(value).__name__}"
         raise ValueError(f"{where}: expected {kind.__name__} for {key}, {problem}")
     return value
 
@@ -59,7 +59,7 @@ def get_array(metadata: Mapping[str, Any], key: str, where: str) -> list[Any]:
     """
     value = metadata.get(key)
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
-        problem = "it is missing" if value is None else f"got {type(value).__name__}"
+        problem = "but it is missing" if value is None else f"got {type(value).__name__}"
         raise ValueError(f"{where}: expected an array for {key}, {problem}")
     return list(value)
 

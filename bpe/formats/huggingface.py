@@ -601,37 +601,6 @@ def _json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def read_added_tokens(
-    spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str
-) -> dict[str, int]:
-    """Return text to id of all added tokens of a WordPiece `tokenizer.json`, which are special.
-
-    Args:
-        spec: the content of the file.
-        vocab: `vocab` of the model, token to id.
-        where: the file, for error messages.
-
-    Raises:
-        ValueError: if a token has an unsupported setting, or ids conflict.
-    """
-    special: dict[str, int] = {}
-    for i, token in enumerate(get_required(spec, "added_tokens", list, where)):
-        item = f"{where}: added_tokens[{i}]"
-        text, id = get_required(token, "content", str, item), get_required(token, "id", int, item)
-        for key in ("single_word", "lstrip", "rstrip"):
-            get_one_of(token, key, [None, False], item)
-        # The normalizer of BPE is NFC, which does not change ASCII; that of WordPiece may.
-        may_change = spec["model"]["type"] != "BPE" or not text.isascii()
-        if spec.get("normalizer") is not None and may_change:
-            get_one_of(token, "normalized", [None, False], item)
-        known_keys = {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"}
-        warn_unknown_keys(token, known_keys, "tokenizer.json: added_tokens")
-        if special.setdefault(text, id) != id:
-            raise ValueError(f"{item}: {text!r} has the ids {special[text]} and {id}")
-    _check_added_ids(special, vocab, where)
-    return special
-
-
 def _check_added_ids(special: Mapping[str, int], vocab: Mapping[str, Any], where: str) -> None:
     texts: dict[int, str] = {}
     for text, id in special.items():
