@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -253,14 +253,7 @@ def _match_tensors(
     if cfg.tie_embeddings and head is not None:  # some exporters store tied weights twice
         names.discard(head)
         check_tied(tensors, head, tree.embed.weight.name, path)
-    if missing := sorted(num_rows.keys() - names):
-        raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
-    unknown = without_zero_biases(sorted(names - num_rows.keys()), tensors)
-    if unknown:
-        raise ValueError(
-            f"{tensors[unknown[0]].path}: tensors that are not part of this model: "
-            f"{_first_names(unknown)}"
-        )
+    check_names(names, num_rows.keys(), tensors, path)
     for weight, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
         for source, part in tensors_of(weight, info.shape):
             experts, part = (part[:1], part[1:]) if source.has_experts else ((), part)
@@ -274,7 +267,30 @@ def _match_tensors(
     return tree, infos, len(num_rows)
 
 
-def without_zero_biases(names: list[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
+def check_names(
+    names: Set[str], expected: Set[str], tensors: Mapping[str, LazyTensor], path: Path
+) -> None:
+    """Check that files have the tensors of a model, and no others except zero biases.
+
+    Args:
+        names: Names of the tensors in the files, without those that are ignored.
+        expected: Names of the tensors of the model.
+        tensors: Tensors by name.
+        path: Path of the files, for error messages.
+
+    Raises:
+        ValueError: A tensor is missing or unknown.
+    """
+    if missing := sorted(expected - names):
+        raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
+    if unknown := _without_zero_biases(sorted(names - expected), tensors):
+        raise ValueError(
+            f"{tensors[unknown[0]].path}: tensors that are not part of this model: "
+            f"{_first_names(unknown)}"
+        )
+
+
+def _without_zero_biases(names: list[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
     """Return the names of tensors without those of biases that are zero, and log these.
 
     GPTQ files have such a bias for a linear map without a bias.

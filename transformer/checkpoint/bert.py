@@ -295,14 +295,7 @@ def _build_params(tensors: Mapping[str, LazyTensor], header: Header, dtype: Any)
     num_rows = rows_per_tensor(sources, infos)
     num_rows.pop("", None)  # biases that are zero
     names = tensors.keys() - ({*_UNUSED} - num_rows.keys())
-    if missing := sorted(num_rows.keys() - names):
-        raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
-    unknown = checkpoint.without_zero_biases(sorted(names - num_rows.keys()), tensors)
-    if unknown:
-        raise ValueError(
-            f"{tensors[unknown[0]].path}: tensors that are not part of this model: "
-            f"{_first_names(unknown)}"
-        )
+    checkpoint.check_names(names, num_rows.keys(), tensors, path)
 
     def read(key_path: tuple[Any, ...], source: TensorSource, info: Any) -> jax.Array:
         if not source.name:
@@ -317,7 +310,3 @@ def _build_params(tensors: Mapping[str, LazyTensor], header: Header, dtype: Any)
         return jnp.asarray(rows, dtype if is_matrix else np.float32)
 
     return jax.tree_util.tree_map_with_path(read, sources, infos)
-
-
-def _first_names(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
