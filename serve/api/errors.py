@@ -267,6 +267,8 @@ def as_api_error(error: Exception) -> APIError:
                 code="model_not_ready",
                 headers={"retry-after": "5"} if error.is_busy else {"x-should-retry": "false"},
             )
+        case FloatingPointError():  # vectors or scores are NaN
+            return server_error(str(error))
     for kind, translate in _translations.items():
         if isinstance(error, kind):
             return translate(error)
@@ -285,7 +287,7 @@ def install(app: FastAPI) -> None:
     async def handle_disconnect(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nginx's status for a client that closed its connection
 
-    for exception in (APIError, UnknownModel, CannotLoad, *_translations):
+    for exception in (APIError, UnknownModel, CannotLoad, FloatingPointError, *_translations):
         app.add_exception_handler(exception, handle_error)
     app.add_exception_handler(HTTPException, handle_routing_error)
     # ClientDisconnected: while the server computes. ClientDisconnect: while a body arrives.

@@ -83,6 +83,18 @@ class TextModel:
         """Whether no request waits or runs."""
         return self.work_queue.is_idle
 
+    def check(self, results: np.ndarray) -> np.ndarray:
+        """Return vectors or scores.
+
+        Raises:
+            FloatingPointError: one is NaN.
+        """
+        if np.isnan(results).any():
+            raise FloatingPointError(
+                f"{self.id}: results are NaN: its weights are damaged, or overflow in {self.dtype}"
+            )
+        return results
+
     def close(self, timeout: float) -> None:
         """Do nothing: a batch is short, and waiting requests are still answered."""
 
@@ -141,6 +153,7 @@ class EmbeddingModel(TextModel):
 
         Raises:
             Busy: too many batches wait.
+            FloatingPointError: a vector is NaN.
         """
         vectors = np.empty((len(texts), self.cfg.embedding_width), np.float32)
         with self.work_queue.using():
@@ -148,7 +161,7 @@ class EmbeddingModel(TextModel):
                 vectors[batch.text_indices] = await self.work_queue.run(
                     lambda batch=batch: self._compute(batch)
                 )
-        return vectors
+        return self.check(vectors)
 
     def _compute(self, batch: packing.PackedBatch) -> np.ndarray:
         vectors = encoder.embed_batch(

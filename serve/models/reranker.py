@@ -70,6 +70,7 @@ class RerankModel(TextModel):
 
         Raises:
             Busy: too many batches wait.
+            FloatingPointError: a score is NaN.
         """
         scores = np.empty(len(pairs), np.float32)
         ids, types = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -78,7 +79,7 @@ class RerankModel(TextModel):
                 scores[batch.text_indices] = await self.work_queue.run(
                     lambda batch=batch: self._compute(batch, types)
                 )
-        return scores
+        return self.check(scores)
 
     def _compute(self, batch: packing.PackedBatch, types: Sequence[Sequence[int]]) -> np.ndarray:
         logits = encoder.score_batch(

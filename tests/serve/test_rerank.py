@@ -1,10 +1,12 @@
 """Test /v1/rerank and /v1/score with tiny models over a socket."""
 
 import json
+import shutil
 
 import httpx
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import bpe
 from serve.api import responses
@@ -14,6 +16,7 @@ from serve.models import resolve
 from serve.models.registry import Registry
 from serve.models.reranker import load_rerank_model, relevance
 from serve.models.spec import LoadOptions, ModelFiles
+from tests.naming import names
 from tests.serve import scripted, tiny_encoders
 from transformer import encoder
 from transformer.checkpoint import bert
@@ -127,6 +130,26 @@ def test_rerank_without_cross_encoder_uses_embedding_model(folders, tmp_path):
     with scripted.serve_app(create_app(ServerSettings(home=tmp_path), registry)) as address:
         answer = post(address, query=QUERY, documents=DOCUMENTS).json()
     assert (answer["model"], answer["method"]) == ("embedder", "embeddings")
+
+
+def test_model_with_nan_weights_returns_500(folders, tmp_path):
+    """Bug: scores and vectors were NaN, with status 200."""
+    damaged = {name: tmp_path / name for name in folders}
+    for name, folder in damaged.items():
+        shutil.copytree(folders[name], folder)
+        tensors = load_file(folder / "model.safetensors")
+        norm = next(key for key in tensors if "norm" in key.lower())
+        tensors[norm] = np.full_like(tensors[norm], np.nan)
+        save_file(tensors, folder / "model.safetensors")
+    registry = Registry(specs(damaged, tmp_path, *damaged), {})
+    with scripted.serve_app(create_app(ServerSettings(home=tmp_path), registry)) as address:
+        for answer in (
+            post(address, model="cross", query=QUERY, documents=DOCUMENTS),
+            post(address, "/v1/embeddings", model="embedder", input=QUERY),
+        ):
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (500, "server_error")
+            assert names(error["message"], "NaN")
 
 
 def test_rerank_without_reranker_or_encoder_returns_404(tmp_path):
