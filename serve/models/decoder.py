@@ -254,7 +254,10 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
             "the tokenizer appends EOS to every text, so the model cannot continue a text: use a "
             "decoder"
         )
-    return tokenizer.for_embedding_table(header.cfg.vocab_size)
+    try:
+        return tokenizer.for_embedding_table(header.cfg.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:

@@ -71,6 +71,8 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         hub.publish("people/tiny-qwen2-GGUF", folder / "gguf")
         hub.publish("people/gated", folder / "gguf")
         hub.repositories["people/gated"].gated = True
+        pickles = {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04"}
+        hub.commit("people/pickles", pickles)
         weights = (folder / "llama" / "model.safetensors").read_bytes()
         files = {p.name: p.read_bytes() for p in (folder / "llama").iterdir()}
         hub.commit("people/truncated", {**files, "model.safetensors": weights[:-100]})
@@ -158,6 +160,7 @@ def test_load_and_unload_change_state_and_memory(setup: Setup) -> None:
         ("hf:people/tiny-llama:../../x", 400, "invalid_value"),
         ("hf:people/nothing", 404, "model_not_found"),
         ("hf:people/gated", 403, "model_gated"),
+        ("hf:people/pickles", 400, "invalid_value"),  # was 500 pull_failed
         ("", 400, "empty_string"),
     ],
 )

@@ -34,6 +34,7 @@ from serve.exceptions import (
     RateLimited,
     UnknownModel,
     Unreachable,
+    Unusable,
     WrongUsage,
 )
 from serve.models import catalogue, download, hub
@@ -45,6 +46,7 @@ PROGRESS_SECONDS = 0.2  # between two progress events of a pull
 # Status and code of the response to each failure. A class precedes its base class.
 _ERRORS: dict[type[Failure], tuple[int, str]] = {
     WrongUsage: (400, "invalid_value"),
+    Unusable: (400, "invalid_value"),
     NotFound: (404, "model_not_found"),
     Forbidden: (403, "model_gated"),
     RateLimited: (503, "source_rate_limited"),
