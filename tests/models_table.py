@@ -56,7 +56,7 @@ window, and beyond the context before scaling. Tolerance: {tolerance:g}.
 - GGUF: of the logits of a file that llama.cpp's converter writes, with a vocabulary of llama.cpp.
 
 Models with dense layers among layers with experts (`mlp_only_layers` or `decoder_sparse_step` of
-Qwen3-MoE) are refused, with the name of the key: no published model of these families has them.
+Qwen3-MoE) are refused, with the name of the key; Qwen's published models have none.
 """
 ENCODERS = """\
 ## Encoders and cross-encoders
