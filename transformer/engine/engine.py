@@ -39,9 +39,9 @@ from transformer.sampling import SampleOutput
 
 log = logging.getLogger(__name__)
 
-FAILURE_MESSAGE = "The server had an error while processing your request."
-NAN_MESSAGE = "The logits of the model are NaN: its weights are damaged, or overflow in this dtype."
-UNREAD_MESSAGE = "The client did not read the response as it came, so the request was cancelled."
+FAILURE_MESSAGE = "a computation of the model failed"
+NAN_MESSAGE = "the logits of the model are NaN: its weights are damaged, or overflow in this dtype"
+UNREAD_MESSAGE = "the client did not read the response as it came, so the request was cancelled"
 MAX_UNREAD_EVENTS = 4096  # per request; most clients read each event before the next
 MIN_TIMED_TOKENS = 32  # fewer tokens of a sequence give no reliable speed for `on_speed`
 MAX_RETRY_AFTER = 60.0  # seconds; upper bound of `Busy.retry_after`
