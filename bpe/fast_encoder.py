@@ -28,6 +28,7 @@ import numpy.typing as npt
 import regex
 
 from bpe.fast_pretokenizer import FAST_PATTERNS, PieceOffsets, pretokenize_batch
+from bpe.fast_splits import find_cut_pattern, pretokenize_sequence, supports_sequence
 from bpe.hash_table import GrowableArray, HashTable, Ints, Uint64s, concat_ranges, sliding_uint64
 from bpe.split_points import SplitPoints
 from bpe.vocab import Vocab
@@ -66,10 +67,13 @@ class FastEncoder:
         """Create an encoder with a cache of all pieces that are one token.
 
         Args:
-            vocab: the vocabulary, with one pattern, a key of `fast_pretokenizer.FAST_PATTERNS`.
+            vocab: the vocabulary, with patterns that `supports` accepts.
             split_points: the split points of the vocabulary; None computes them.
         """
-        (self._pattern,) = vocab.patterns
+        self._patterns = vocab.patterns
+        self._safe_cut = _SAFE_CUT
+        if len(self._patterns) > 1:
+            self._safe_cut = find_cut_pattern(self._patterns[0])
         self._vocab, self._split_points = vocab, split_points or SplitPoints(vocab)
         self._lock = threading.Lock()
         self._piece_cache = self._new_cache()
@@ -77,7 +81,9 @@ class FastEncoder:
     @staticmethod
     def supports(patterns: Sequence[str]) -> bool:
         """Return whether this encoder can be used for these split patterns."""
-        return len(patterns) == 1 and patterns[0] in FAST_PATTERNS
+        if len(patterns) == 1:
+            return patterns[0] in FAST_PATTERNS
+        return supports_sequence(patterns)
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:
         """Encode texts independently of each other.
@@ -100,7 +106,10 @@ class FastEncoder:
 
     def _pretokenize(self, texts: Sequence[str]) -> tuple[PieceOffsets, Uint64s]:
         """Return the `PieceOffsets` of several texts, and `sliding_uint64` of its data."""
-        data, offsets, separators = pretokenize_batch(self._pattern, texts)
+        if len(self._patterns) == 1:
+            data, offsets, separators = pretokenize_batch(self._patterns[0], texts)
+        else:
+            data, offsets, separators = pretokenize_sequence(self._patterns, texts)
         uint64s = sliding_uint64(data)
         if not data.isascii():
             offsets, separators = self._split_points.split_batch(data, uint64s, offsets, separators)
@@ -108,7 +117,8 @@ class FastEncoder:
 
     def _find_cut(self, text: str, position: int) -> int | None:
         """Return a position, from `position` on, whose two sides can be pretokenized separately."""
-        safe = _SAFE_CUT.search(text, position)
+        assert self._safe_cut is not None
+        safe = self._safe_cut.search(text, position)
         return safe.end() if safe else None
 
     def _encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:

@@ -14,7 +14,7 @@ A few rules concern runs of any length ("blanks between two newlines"). They are
 where such a run occurs and find its ends by binary search, so the time stays near linear.
 
 The character classes are computed with the `regex` module, so they are those of the patterns.
-Patterns that are not in `FAST_PATTERNS` need the regex engine.
+`fast_splits` applies several patterns in turn. Other patterns need the regex engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ import numpy as np
 import numpy.typing as npt
 import regex
 
-from bpe.pretokenize import CL100K, GPT2, LLAMA3, O200K, QWEN2, SMOLLM, compile_pattern, split
+from bpe.pretokenize import (
+    CL100K,
+    GPT2,
+    LLAMA3,
+    O200K,
+    QWEN2,
+    QWEN35,
+    SMOLLM,
+    compile_pattern,
+    split,
+)
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
@@ -70,7 +80,7 @@ def pretokenize_batch(pattern: str, texts: Sequence[str]) -> PieceOffsets:
         classes = np.frombuffer(bytearray(data.translate(_ascii_class_table(pattern))), np.uint8)
     else:
         codes = np.frombuffer(joined.encode("utf-32-le"), "<u4")
-        classes = _class_table(pattern).take(codes)
+        classes = class_table(pattern).take(codes)
     classes[separators] = END
     if (start := FAST_PATTERNS[pattern].find_starts(classes, codes)) is None:
         lengths = [
@@ -246,7 +256,7 @@ def _digits(start: Bools, number: Bools, max_digits: int) -> None:
     first, length = edges[::2], edges[1::2] - edges[::2]
     long = length > max_digits
     first, num_splits = first[long], (length[long] - 1) // max_digits
-    start[np.repeat(first, num_splits) + max_digits * (_concat_aranges(num_splits) + 1)] = True
+    start[np.repeat(first, num_splits) + max_digits * (concat_aranges(num_splits) + 1)] = True
 
 
 def _contractions(position: Ints, codes: CodePoints, *, fold: bool = True) -> tuple[Ints, Ints]:
@@ -315,7 +325,7 @@ def _marks_among_symbols(classes: Classes, codes: CodePoints) -> Ints:
     begin = _last_true(other & (_next_items(other) | _previous_items(codes == _SPACE)), position)
     position = position[begin >= _last_true(both & ~_previous_items(both), position)]
     length = _next_true(mark & ~_next_items(mark), position) + 1 - position
-    return np.repeat(position, length) + _concat_aranges(length)
+    return np.repeat(position, length) + concat_aranges(length)
 
 
 def _slashes_among_newlines(classes: Classes, codes: CodePoints) -> Ints:
@@ -328,7 +338,7 @@ def _slashes_among_newlines(classes: Classes, codes: CodePoints) -> Ints:
         position[first],
         end - position[first],
     )  # of several starts in one run, the first
-    run = np.repeat(position, length) + _concat_aranges(length)
+    run = np.repeat(position, length) + concat_aranges(length)
     return run[slash[run]]
 
 
@@ -375,7 +385,7 @@ def _next_true(x: Bools, positions: Ints) -> Ints:
     return true[np.searchsorted(true, positions)]
 
 
-def _concat_aranges(lengths: Ints) -> Ints:
+def concat_aranges(lengths: Ints) -> Ints:
     """Return the concatenated ranges 0, 1, ... of each length: [2, 3] gives 0 1 0 1 2."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
@@ -409,6 +419,11 @@ FAST_PATTERNS = {
     CL100K: FastPattern(_CL100K, functools.partial(cl100k, join_trailing_whitespace=True)),
     LLAMA3: FastPattern(_CL100K, cl100k),
     QWEN2: FastPattern(_CL100K, functools.partial(cl100k, max_digits=1)),
+    # As Qwen2, but a combining mark is part of a word.
+    QWEN35: FastPattern(
+        (WORD, WORD, WORD, WORD, NUMBER, OTHER, BLANK, NEWLINE),
+        functools.partial(cl100k, max_digits=1),
+    ),
     O200K: FastPattern(_O200K, o200k),
 }
 
@@ -433,13 +448,14 @@ def _kind_table() -> Classes:
 
 
 @functools.cache
-def _class_table(pattern: str) -> Classes:
+def class_table(pattern: str) -> Classes:
+    """Return the class of every character [0x110000] in a key of `FAST_PATTERNS`."""
     return np.array(FAST_PATTERNS[pattern].kind_classes, np.uint8).take(_kind_table())
 
 
 @functools.cache
 def _ascii_class_table(pattern: str) -> bytes:
-    return _class_table(pattern)[:256].tobytes()
+    return class_table(pattern)[:256].tobytes()
 
 
 _compile_cached = functools.cache(compile_pattern)

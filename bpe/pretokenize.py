@@ -83,6 +83,11 @@ _LLAMA3 = "|".join(
 LLAMA3 = _LLAMA3.replace("DIGITS", "3")
 QWEN2 = _LLAMA3.replace(r"{1,DIGITS}", "")
 
+# In Qwen3.5 a combining mark is part of a word, as a letter is.
+QWEN35 = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r" ?[^\s\p{L}\p{N}]", r" ?[^\s\p{L}\p{M}\p{N}]"
+)
+
 # A word ends where a capital follows a small letter: "camelCase". Caseless letters and marks (vowel
 # signs of Hindi, combining accents) can occur with both.
 _CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -108,6 +113,7 @@ PATTERNS = {
     "cl100k": CL100K,
     "llama3": LLAMA3,
     "qwen2": QWEN2,
+    "qwen35": QWEN35,
     "o200k": O200K,
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
+from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, QWEN35, SMOLLM
 
 
 class PreTokenizer(NamedTuple):
@@ -77,10 +77,6 @@ _DEEPSEEK_V3 = (
     r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
     rf" ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
-)
-_QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
-    rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 )
 _TEKKEN = "|".join([*_CASED_WORDS, r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _SPACES])
 _BAILINGMOE = (
@@ -167,7 +163,7 @@ _GROUPS: dict[str, PreTokenizer] = {
     "glm4 glm5": PreTokenizer((LLAMA3,), ignore_merges=True),
     "jais-2": PreTokenizer((_JAIS2,)),
     "qwen2 deepseek-r1-qwen f2llmv2": PreTokenizer((QWEN2,), normalization="NFC"),
-    "qwen35": PreTokenizer((_QWEN35,)),
+    "qwen35": PreTokenizer((QWEN35,)),
     "megrez kormo stablelm2 hunyuan solar-open grok-2": PreTokenizer((QWEN2,)),
     "laguna": PreTokenizer((r"[^\n]+|[\n]+", QWEN2)),
     "gpt-4o llama4 kanana2 talkie minimax-m2": PreTokenizer((O200K,)),
