@@ -1,5 +1,6 @@
 """Recipes: the files that a run writes, the data that it rejects, and resuming."""
 
+import base64
 import dataclasses
 import json
 import os
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 import bpe
+from tests.bpe import tiny
+from tests.bpe.conftest import GOLDEN
 from tests.naming import names, naming
 from tests.serve.old_home import make_old_home as old
 from tests.training.tokens import TOKENIZER, chat
@@ -208,6 +211,33 @@ def test_full_finetuning_keeps_stop_ids_and_sampling_defaults_of_gguf(tmp_path):
     expected = {"temperature": 0.7, "repetition_penalty": 1.1, "top_k": 2**31 - 1}
     assert generation == {**expected, "eos_token_id": [2, 0, 1]}
     assert bpe.load(out).stop_ids == {0, 1, 2}
+
+
+@pytest.mark.parametrize("files", [("tokenizer.model",), ("vocab.json", "merges.txt")], ids=str)
+def test_full_finetuning_keeps_tokenizer_files_of_folder(tmp_path, files):
+    """Bug: of a folder without tokenizer.json, the result had no tokenizer."""
+    source, out = tmp_path / "source", tmp_path / "model"
+    source.mkdir()
+    out.mkdir()
+    if files == ("tokenizer.model",):
+        models = json.loads((GOLDEN / "sentencepiece.json").read_text())["models"]
+        model = next(iter(models.values()))["model"]
+        (source / "tokenizer.model").write_bytes(base64.b64decode(model))
+    else:
+        spec = tiny.tokenizer_json()["model"]
+        (source / "vocab.json").write_text(json.dumps(spec["vocab"]))
+        merges = "".join(" ".join(pair) + "\n" for pair in spec["merges"])
+        (source / "merges.txt").write_text("#version: 0.2\n" + merges)
+        added = {str(id): {"content": token, "special": True} for token, id in tiny.SPECIAL.items()}
+        config = {"added_tokens_decoder": added, "eos_token": "<|endoftext|>"}
+        config["tokenizer_class"] = "GPT2Tokenizer"
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = bpe.load(source)
+    cfg = Config.debug(num_layers=1, vocab_size=tokenizer.encoding.n_vocab)
+    finetune._save_model(out, decoder.init(jax.random.key(0), cfg), cfg, tokenizer, source)
+    loaded = bpe.load(out)
+    assert loaded.eos_id == tokenizer.eos_id
+    assert loaded.encoding.encode("lower 12") == tokenizer.encoding.encode("lower 12")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -336,6 +336,7 @@ def _save_model(folder: Path, params: Any, cfg: Model, tokenizer: Tokenizer, sou
     checkpoint.save(folder, params, cfg)
     if source.is_dir():
         names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        names += ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
         names += ["chat_template.jinja", "chat_template.json"]
         for name in names:
             if (source / name).exists():
