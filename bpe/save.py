@@ -216,8 +216,8 @@ def _recover_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, byte
 def to_oniguruma(pattern: str) -> str:
     r"""Convert a split pattern to the dialect of Oniguruma, the regex engine of tokenizers.
 
-    Two constructs differ: in Oniguruma, `$` matches at the end of a line, and `{1,3}+` is a nested
-    repetition instead of a possessive one.
+    Three constructs differ: in Oniguruma, `$` matches at the end of a line, `{1,3}+` is a nested
+    repetition instead of a possessive one, and there is no `\U0001F600`.
 
     Args:
         pattern: a regular expression in the dialect of the `regex` module.
@@ -241,6 +241,11 @@ def to_oniguruma(pattern: str) -> str:
             f"split pattern {pattern!r}: tokenizers interprets a possessive {{m,n}}+ after a group "
             "differently; write it as an atomic group (?>...)"
         )
+    pattern = re.sub(
+        r"\\(U[0-9a-fA-F]{8}|.)",
+        lambda match: rf"\x{{{match[1][1:]}}}" if match[1][1:] else match[0],
+        pattern,
+    )
     # Replace $ only; escaped characters and character sets are matched as a whole and unchanged.
     return re.sub(
         r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$",

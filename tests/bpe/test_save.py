@@ -104,9 +104,13 @@ def test_unsupported_suffix_is_rejected(tmp_path):
         (r"[^\]}{$]{2}+|\s++$", r"(?>[^\]}{$]{2})|\s++\z"),
         (r"\$+|[$]|a$", r"\$+|[$]|a\z"),
         (r"\p{N}{1,3}|x{2,}", r"\p{N}{1,3}|x{2,}"),
+        (
+            r"[\u0041\U00010400-\U0001044f]|\\U00010400",
+            r"[\u0041\x{00010400}-\x{0001044f}]|\\U00010400",
+        ),
     ],
 )
-def test_to_oniguruma_converts_possessive_and_anchor(pattern, expected):
+def test_to_oniguruma_converts_other_syntax(pattern, expected):
     assert to_oniguruma(pattern) == expected
 
 
