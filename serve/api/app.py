@@ -31,6 +31,7 @@ from serve.api.routes import (
     chat,
     completions,
     conversations,
+    decisions,
     embeddings,
     files,
     fine_tuning,
@@ -157,7 +158,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     )
     # Paths that contain an engine id match greedily, so longer paths are registered first.
     routes = (health, models, manage_models, chat, completions, edits, embeddings, rerank)
-    routes += (stored_chat, responses, conversations, audio, images)
+    routes += (stored_chat, responses, conversations, decisions, audio, images)
     routes += (files, uploads, batches, fine_tuning, fine_tunes)
     routes += (engines, tokens, pages)
     for route in routes:

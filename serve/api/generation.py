@@ -91,6 +91,7 @@ class Prompt:
         has_prompt_logprobs: Whether echoed tokens have logprobs.
         prompt_logprobs: Number of alternatives to report per token of `token_ids`, in
             `Generation.prompt_logprobs`; None for no report.
+        logprob_token_ids: As for `SequenceRequest`; if there are any, a choice is one token.
         stop_ids: Ids that end a choice, in addition to the model's.
         stop_strings: Strings that end a choice, in addition to the request's.
     """
@@ -100,6 +101,7 @@ class Prompt:
     echo_ids: Sequence[int] = ()
     has_prompt_logprobs: bool = False
     prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
 
@@ -192,7 +194,8 @@ class Generation:
                 max_tokens=prompt.max_tokens,
                 sampling_params=params,
                 stop_ids=stop_ids,
-                top_logprobs=top_logprobs,
+                top_logprobs=len(prompt.logprob_token_ids) or top_logprobs,
+                logprob_token_ids=prompt.logprob_token_ids,
                 prompt_logprobs=_num_prompt_logprobs(prompt, top_logprobs),
                 index=index,
                 client=request_context.client,

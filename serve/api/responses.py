@@ -558,6 +558,123 @@ class Scores(ListResponse[Score]):
     usage: EmbeddingsUsage
 
 
+# --- decisions --------------------------------------------------------------------------------
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class PredicateAnswer(ResponseModel):
+    """The probability that a statement is true."""
+
+    type: Literal["predicate"]
+    name: str | None
+    probability: Probability
+
+
+class ChoiceProbability(ResponseModel):
+    """A label of a choice."""
+
+    value: str | bool
+    probability: Probability
+
+
+class ChoiceAnswer(ResponseModel):
+    """The likeliest label; its probability is the confidence."""
+
+    type: Literal["choice"]
+    name: str | None
+    choice: str | bool
+    confidence: Probability
+    probabilities: list[ChoiceProbability]
+
+
+class LevelProbability(ResponseModel):
+    """A level of a score; its value is its position, from 0."""
+
+    label: str
+    value: Count
+    probability: Probability
+
+
+class ScoreAnswer(ResponseModel):
+    """The expected value; the probability of the likeliest level is the confidence."""
+
+    type: Literal["score"]
+    name: str | None
+    score: float
+    confidence: Probability
+    probabilities: list[LevelProbability]
+
+
+class RefusalAnswer(ResponseModel):
+    """No answer, because no label is as likely as `min_confidence`."""
+
+    type: Literal["refusal"]
+    name: str | None
+
+
+class DecisionUsage(ResponseModel):
+    """Token counts. The beginning that all prompts share counts once; nothing is generated."""
+
+    input_tokens: Count
+    input_tokens_details: dict[Literal["cached_tokens", "cache_write_tokens"], Count]
+    output_tokens: Count
+    output_tokens_details: dict[Literal["reasoning_tokens"], Count]
+    total_tokens: Count
+
+
+class Decision(ResponseModel):
+    """The answers, in the order of the questions."""
+
+    model: str
+    answers: list[
+        Annotated[
+            PredicateAnswer | ChoiceAnswer | ScoreAnswer | RefusalAnswer,
+            Field(discriminator="type"),
+        ]
+    ]
+    usage: DecisionUsage
+
+
+class NoulAnswer(ResponseModel):
+    """The probability of yes."""
+
+    type: Literal["noul"]
+    noul: Probability
+
+
+class SystemOneChoiceAnswer(ResponseModel):
+    """The likeliest label; its probability is the confidence."""
+
+    type: Literal["choice"]
+    choice: str
+    confidence: Probability
+    probabilities: dict[str, Probability]
+
+
+class SystemOneScoreAnswer(ResponseModel):
+    """The expected level, from 0; the probability of the likeliest level is the confidence."""
+
+    type: Literal["score"]
+    score: float
+    confidence: Probability
+    legend: dict[str, str | dict[str, Any] | list[Any]]
+    probabilities: dict[str, Probability]
+
+
+class SystemOne(ResponseModel):
+    """The answers by name, without those below `min_confidence`."""
+
+    model: str
+    answers: dict[
+        str,
+        Annotated[
+            NoulAnswer | SystemOneChoiceAnswer | SystemOneScoreAnswer, Field(discriminator="type")
+        ],
+    ]
+    usage: DecisionUsage
+
+
 # --- files ------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,9 @@ PROMISES: dict[str, dict[str, Promise]] = {
     "ResponseBody": {
         "moderation": Promise("This server has no moderation model."),
     },
+    "SystemOneBody": {
+        "assets": Promise("The models read text only."),
+    },
     "EditBody": {
         "stream": Promise("Edits are not streamed: leave 'stream' out, or use a chat."),
     },

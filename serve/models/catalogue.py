@@ -88,6 +88,7 @@ class CatalogueEntry:
     sampling: Mapping[str, float]
     files: tuple[ModelFile, ...]
     dtypes: tuple[Dtype, ...] = ()
+    decision_temperature: float = 1.0
     encoder: CatalogueEntry | None = None
     folder: Path | None = None
     hub: str | None = None
@@ -281,6 +282,7 @@ def _model(id: str, table: _Table) -> CatalogueEntry:
         good_at=table.take("good_at", str, text),
         sampling=sampling,
         dtypes=tuple(dtypes),
+        decision_temperature=table.take("decision_temperature", float, 1.0),
         files=tuple(
             _file(_Table(f"{table.prefix}files[{i}].", file))
             for i, file in enumerate(table.take("files", list, []))

@@ -56,7 +56,9 @@ class DecoderModel:
             that it shares with its base model.
         runner: runs the programs on the device; models with an adapter share its weights.
         default_sampling: default sampling parameters, see `generation_config.py`.
+        decision_temperature: the temperature of labels, see `api/routes/decisions.py`.
         grammar_compiler: compiles grammars for the vocabulary.
+        label_priors: by question, the log-probabilities of its labels without an input [M, N].
     """
 
     kind: ClassVar[str] = "decoder"
@@ -72,7 +74,11 @@ class DecoderModel:
     memory: int = 0
     runner: Runner | None = None
     default_sampling: Mapping[str, float] = field(default_factory=dict)
+    decision_temperature: float = 1.0
     grammar_compiler: GrammarCompiler = field(init=False, repr=False, compare=False)
+    label_priors: dict[tuple[str, ...], np.ndarray] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grammar_compiler", GrammarCompiler(self.tokenizer))
@@ -119,6 +125,7 @@ def load_decoder(
     accepted_dtypes: Sequence[Dtype] = (),
     memory_limit: int | None = None,
     default_sampling: Mapping[str, float] | None = None,
+    decision_temperature: float = 1.0,
     notify: Callable[[str], None] = lambda line: None,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> DecoderModel:
@@ -137,6 +144,7 @@ def load_decoder(
         accepted_dtypes: the dtypes known to be accurate; empty to measure the accuracy.
         memory_limit: the maximum bytes of weights and KV cache; None for the available memory.
         default_sampling: the model's default sampling parameters; others have OpenAI's defaults.
+        decision_temperature: as for `DecoderModel`.
         notify: called with a message for each slow operation.
         on_speed: called with (tokens, seconds) of each sequence that ran alone.
 
@@ -177,6 +185,7 @@ def load_decoder(
         memory=runner.num_bytes,
         runner=runner,
         default_sampling=default_sampling or {},
+        decision_temperature=decision_temperature,
     )
 
 
@@ -333,6 +342,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             accepted_dtypes=accepted_dtypes,
             memory_limit=options.memory_limit,
             default_sampling=defaults,
+            decision_temperature=files.entry.decision_temperature if files.entry else 1.0,
             notify=options.notify,
             on_speed=on_speed,
         )

@@ -72,6 +72,8 @@ class SequenceRequest:
         stop_ids: token ids that end the sequence.
         top_logprobs: k, to get the log-probabilities of the sampled token and of the k likeliest
             tokens; None for no log-probabilities.
+        logprob_token_ids: token ids whose log-probabilities the first generated token has in place
+            of the likeliest ones, to score given labels; `top_logprobs` must be their number.
         prompt_logprobs: like `top_logprobs`, for the tokens of the prompt; delivered as
             `PromptLogprobs`.
         index: the index among the n choices of one API request, so that choices with the same seed
@@ -96,6 +98,7 @@ class SequenceRequest:
     sampling_params: SamplingParams
     stop_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     index: int = 0
     client: str = ""

@@ -22,6 +22,7 @@ from transformer.decoder import Params
 from transformer.engine.requests import SequenceRequest
 from transformer.engine.scheduler import Sequence
 from transformer.sampling import SampleOutput, SamplingParams
+from transformer.scoring import log_softmax
 
 CHUNK_SIZE = 64  # prompt tokens per prefill: well under a third of a second on two cores
 BUCKETS = (2, 4, 8, 16)  # batch sizes of a decoding step
@@ -235,7 +236,13 @@ class Runner:
         output, self._penalty_state = generate.sample(
             logits, self._penalty_state, self._sampling_inputs([sequence]), num_ids=self._num_ids
         )
-        return _on_host(output)
+        output = _on_host(output)
+        if token_ids := sequence.request.logprob_token_ids:
+            ids = np.array(token_ids, np.int32)
+            logprobs = log_softmax(np.asarray(logits)[0, : self._num_ids])[ids]
+            # The fields of SampleOutput are annotated as JAX arrays.
+            output = output.replace(top_ids=ids[None], top_logprobs=logprobs[None])
+        return output
 
     def decode(self, sequences: list[Sequence]) -> SampleOutput:
         """Run the model on the last token of each sequence, and sample its next token.
