@@ -46,11 +46,12 @@ def decide(client: OpenAI, model: str, example: Example, calibration: str) -> np
 def generate(client: OpenAI, model: str, example: Example) -> str | bool | None:
     """Return the label that a generated answer has first; None if it has none."""
     labels = labels_of(example["question"])
-    names = ["Yes" if v is True else "No" if v is False else str(v) for v in labels]
-    prompt = (
-        f"Text: {example['input']}\n\n{example['question']['instructions']}\n"
-        f"Answer with one of: {', '.join(names)}."
-    )
+    names = ["yes" if v is True else "no" if v is False else str(v) for v in labels]
+    instructions = example["question"]["instructions"]
+    if example["question"]["type"] == "predicate":
+        instructions = f"According to the text, is the following true? {instructions}"
+    options = f"Answer with one of: {', '.join(names)}."
+    prompt = f"Text: {example['input']}\n\n{instructions}\n{options}"
     message = {"role": "user", "content": prompt}
     answer = client.chat.completions.create(
         model=model,

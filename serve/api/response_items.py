@@ -5,6 +5,7 @@ assistant's text and the calls after it are one message, and the result of a cal
 the role "tool". The text of a reasoning item belongs to the message after it.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -14,16 +15,19 @@ from serve.api.errors import APIError, missing_parameter, unsupported
 from serve.api.requests import Body, CalledFunction, Message, MessageToolCall, tag
 from serve.jobs.store import new_id
 
-_TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
+# Types of parts, and the fields of their contents.
+_PARTS = {name: "text" for name in ("input_text", "output_text", "text")}
+_PARTS |= {"refusal": "refusal", "input_json": "data"}
 _ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 
 
 class ItemPart(Body):
-    """A part of the content of an item. Only text and refusals are supported."""
+    """A part of the content of an item. Only text, refusals and JSON are supported."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    data: Any = None
     annotations: Any = None
     logprobs: Any = None
 
@@ -99,7 +103,7 @@ def _to_item(item: InputItem, path: str) -> dict[str, Any]:
             content = [
                 {"type": part, "text": text}
                 | ({"annotations": [], "logprobs": []} if role == "assistant" else {})
-                for text in _texts(needed("content"), f"{path}.content")
+                for text in texts_of(needed("content"), f"{path}.content")
             ]
             fields: dict[str, Any] = {"role": role, "content": content}
             prefix = "msg_"
@@ -114,7 +118,7 @@ def _to_item(item: InputItem, path: str) -> dict[str, Any]:
                 fields["namespace"] = item.namespace
         case "function_call_output":
             prefix = "fco_"
-            output = "".join(_texts(needed("output"), f"{path}.output"))
+            output = "".join(texts_of(needed("output"), f"{path}.output"))
             fields = {"call_id": needed("call_id"), "output": output}
         case "reasoning":
             content = item.content if isinstance(item.content, list) else []
@@ -130,21 +134,25 @@ def _to_item(item: InputItem, path: str) -> dict[str, Any]:
     return {"type": item.type, "id": new_id(prefix), "status": "completed", **fields}
 
 
-def _texts(content: str | Sequence[ItemPart], path: str) -> list[str]:
+def texts_of(content: str | Sequence[ItemPart], path: str) -> list[str]:
+    """Return the texts of a content. JSON becomes text.
+
+    Raises:
+        APIError: 400 for a part of another type, such as an image, or one without its field.
+    """
     if isinstance(content, str):
         return [content]
     texts = []
     for number, part in enumerate(content):
-        if part.type not in _TEXT_PARTS:
+        if (name := _PARTS.get(part.type)) is None:
             raise unsupported(
                 f"{path}[{number}].type",
                 part.type,
-                f"Supported values are: {', '.join(_TEXT_PARTS)}.",
+                f"Supported values are: {', '.join(_PARTS)}.",
             )
-        name = "refusal" if part.type == "refusal" else "text"
-        if (text := getattr(part, name)) is None:
+        if (value := getattr(part, name)) is None:
             raise missing_parameter(f"{path}[{number}].{name}")
-        texts.append(text)
+        texts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return texts
 
 

@@ -563,54 +563,24 @@ class Scores(ListResponse[Score]):
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class PredicateAnswer(ResponseModel):
-    """The probability that a statement is true."""
+class LabelProbability(ResponseModel):
+    """A label of a choice (`value`), or a level of a score (`label`) with its position from 0."""
 
-    type: Literal["predicate"]
-    name: str | None
+    label: str | None = None
+    value: str | bool | int
     probability: Probability
 
 
-class ChoiceProbability(ResponseModel):
-    """A label of a choice."""
+class DecisionAnswer(ResponseModel):
+    """An answer; a predicate has `probability`, the likeliest label's is the `confidence`."""
 
-    value: str | bool
-    probability: Probability
-
-
-class ChoiceAnswer(ResponseModel):
-    """The likeliest label; its probability is the confidence."""
-
-    type: Literal["choice"]
+    type: Literal["predicate", "choice", "score", "refusal"]
     name: str | None
-    choice: str | bool
-    confidence: Probability
-    probabilities: list[ChoiceProbability]
-
-
-class LevelProbability(ResponseModel):
-    """A level of a score; its value is its position, from 0."""
-
-    label: str
-    value: Count
-    probability: Probability
-
-
-class ScoreAnswer(ResponseModel):
-    """The expected value; the probability of the likeliest level is the confidence."""
-
-    type: Literal["score"]
-    name: str | None
-    score: float
-    confidence: Probability
-    probabilities: list[LevelProbability]
-
-
-class RefusalAnswer(ResponseModel):
-    """No answer, because no label is as likely as `min_confidence`."""
-
-    type: Literal["refusal"]
-    name: str | None
+    probability: Probability | None = None
+    choice: str | bool | None = None
+    score: float | None = Field(None, description="The expected value.")
+    confidence: Probability | None = None
+    probabilities: list[LabelProbability] | None = None
 
 
 class DecisionUsage(ResponseModel):
@@ -627,51 +597,27 @@ class Decision(ResponseModel):
     """The answers, in the order of the questions."""
 
     model: str
-    answers: list[
-        Annotated[
-            PredicateAnswer | ChoiceAnswer | ScoreAnswer | RefusalAnswer,
-            Field(discriminator="type"),
-        ]
-    ]
+    answers: list[DecisionAnswer]
     usage: DecisionUsage
 
 
-class NoulAnswer(ResponseModel):
-    """The probability of yes."""
+class SystemOneAnswer(ResponseModel):
+    """An answer; `noul` is the probability of yes, the likeliest label's is the `confidence`."""
 
-    type: Literal["noul"]
-    noul: Probability
-
-
-class SystemOneChoiceAnswer(ResponseModel):
-    """The likeliest label; its probability is the confidence."""
-
-    type: Literal["choice"]
-    choice: str
-    confidence: Probability
-    probabilities: dict[str, Probability]
-
-
-class SystemOneScoreAnswer(ResponseModel):
-    """The expected level, from 0; the probability of the likeliest level is the confidence."""
-
-    type: Literal["score"]
-    score: float
-    confidence: Probability
-    legend: dict[str, str | dict[str, Any] | list[Any]]
-    probabilities: dict[str, Probability]
+    type: Literal["noul", "choice", "score"]
+    noul: Probability | None = None
+    choice: str | None = None
+    score: float | None = Field(None, description="The expected level.")
+    confidence: Probability | None = None
+    legend: dict[str, Any] | None = None
+    probabilities: dict[str, Probability] | None = None
 
 
 class SystemOne(ResponseModel):
     """The answers by name, without those below `min_confidence`."""
 
     model: str
-    answers: dict[
-        str,
-        Annotated[
-            NoulAnswer | SystemOneChoiceAnswer | SystemOneScoreAnswer, Field(discriminator="type")
-        ],
-    ]
+    answers: dict[str, SystemOneAnswer]
     usage: DecisionUsage
 
 

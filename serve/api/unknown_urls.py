@@ -19,7 +19,6 @@ OPENAI_ROUTES: Mapping[str, str] = {
     r"/audio/(speech|voices|voice_consents)(/.*)?": "No model of this server speaks",
     r"/videos(/.*)?": "No model of this server makes videos: use /v1/images/generations",
     r"/moderations": "No model of this server moderates texts",
-    r"/decisions": "Use /v1/chat/completions with 'response_format'",
     r"/fine_tuning/jobs/[^/]+/(pause|resume)": "A job can be cancelled, and survives a restart",
     r"/fine_tuning/(alpha|checkpoints)(/.*)?": "Use /v1/fine_tuning/jobs",
     r"/evals(/.*)?": "Run an evaluation program, such as lm-evaluation-harness, on /v1/completions",

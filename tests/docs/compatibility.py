@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from serve.api.image_requests import ImageGenerationBody
 from serve.api.requests import ChatBody, CompletionBody
 from serve.api.routes.audio import SpeechForm
+from serve.api.routes.decisions import DecisionsBody, SystemOneBody
 from serve.api.routes.embeddings import EmbeddingsBody
 from serve.api.unused_fields import is_unused, promises_of
 from tests.docs.blocks import ROOT
@@ -23,6 +24,8 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/embeddings": EmbeddingsBody,
+    "/v1/decisions": DecisionsBody,
+    "/v1/systemone": SystemOneBody,
     "/v1/images/generations": ImageGenerationBody,
     "/v1/audio/transcriptions": SpeechForm,
 }

@@ -1,5 +1,7 @@
 """Test /v1/decisions and /v1/systemone with a tiny model over a socket, through the client."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import numpy as np
 import pytest
@@ -111,10 +113,10 @@ def test_decisions_below_min_confidence_are_refusals(client):
 
 
 def test_decisions_booleans_and_strings_are_distinct_choices(client):
-    choices = [{"value": True}, {"value": "Yes"}, {"value": "true"}, {"value": False}]
+    choices = [{"value": True}, {"value": "yes"}, {"value": "true"}, {"value": False}]
     (answer,) = decide(client, [CHOICE | {"choices": choices}]).answers
     values = [entry.value for entry in answer.probabilities]
-    assert values == [True, "Yes", "true", False]
+    assert values == [True, "yes", "true", False]
     assert [type(value) for value in values] == [bool, str, str, bool]
 
 
@@ -148,6 +150,25 @@ def test_decisions_usage_counts_the_input_once_and_cached_tokens_of_the_second_r
     assert one.input_tokens_details.cached_tokens < many.input_tokens_details.cached_tokens
 
 
+def test_decisions_beside_other_requests_have_the_same_bits(client):
+    questions = [PREDICATE, CHOICE, SCORE]
+    alone = decide(client, questions).answers
+
+    def other(number: int) -> None:
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": TEXT * (number % 3 + 1)}],
+            max_tokens=40,
+            extra_body={"ignore_eos": True},
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(other, number) for number in range(8)]
+        beside = list(pool.map(lambda _: decide(client, questions).answers, range(4)))
+        assert not any(task.exception() for task in others)
+    assert beside == [alone] * 4
+
+
 def test_decisions_400_questions_are_answered(client):
     questions = [PREDICATE | {"instructions": f"It is {i}."} for i in range(400)]
     answers = decide(client, questions, calibration="none").answers
@@ -179,18 +200,19 @@ def test_decisions_long_instructions_return_400_naming_the_question(client):
         ),
         (
             {"questions": [PREDICATE, CHOICE | {"choices": [{"value": "a"}, {"value": "a"}]}]},
-            "questions[1].choices[1].value",
+            "questions[1].choices[1]",
         ),
         (
             {"questions": [SCORE | {"levels": [{"label": "a"}, {"label": "a"}]}]},
-            "questions[0].levels[1].label",
+            "questions[0].levels[1]",
         ),
         ({"questions": [SCORE | {"levels": [{"label": "a"}]}]}, "questions[0].levels"),
         ({"questions": [PREDICATE | {"instructions": " "}]}, "questions[0].instructions"),
         ({"questions": [{"type": "predicate"}]}, "questions[0].instructions"),
         ({"questions": [PREDICATE | {"type": "box"}]}, "questions[0].type"),
         ({"input": "x" * 600}, "input"),
-        ({"input": []}, "input"),
+        ({"input": []}, "input[0]"),
+        ({"input": 5}, "input"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
@@ -257,7 +279,12 @@ def test_system_one_below_min_confidence_leaves_the_answer_out(tiny_address):
             {"questions": {"a": {"type": "score", "criteria": ["b", ""]}}},
             "questions.a.criteria[1]",
         ),
+        ({"questions": {"a": {"type": "noul", "criteria": []}}}, "questions.a.criteria"),
+        ({"questions": {"a": {"type": "score", "criteria": {"b": "c"}}}}, "questions.a.criteria"),
+        ({"questions": {"a": {"type": "box"}}}, "questions.a.type"),
+        ({"questions": {"a": 5}}, "questions.a"),
         ({"state": "x" * 600}, "state"),
+        ({"state": 5}, "state"),
         ({"assets": {"b": {"type": "image"}}}, "assets"),
     ],
 )

@@ -24,15 +24,18 @@ from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 
 from serve.api.context_window import RESPONSE_WORDING, refuse_too_long, resolve_max_tokens
-from serve.api.errors import APIError, missing_parameter, unsupported
+from serve.api.errors import APIError, json_type_name, missing_parameter
 from serve.api.generation import MAX_CHOICES, Generation, Prompt
 from serve.api.openapi import route_docs
 from serve.api.request_context import context_of
 from serve.api.requests import Body, GenerationBody, read_json, tag
+from serve.api.response_items import InputItem, ItemContent, texts_of, to_items, to_messages
+from serve.api.response_requests import Input
 from serve.api.responses import Decision, SystemOne
 from serve.api.routes.chat import encode_chat
 from serve.api.sse import cancel_on_disconnect
 from serve.api.state import get_loaded_model
+from serve.api.tools import template_messages
 from serve.api.unused_fields import UNUSED, path_part
 from serve.models.decoder import DecoderModel
 from transformer import scoring
@@ -61,39 +64,13 @@ class DecisionBody(Body):
     ] = 0.0
 
 
-class DecisionPart(Body):
-    """A part of a content: text, or JSON as text."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-    data: Any = None
-    prompt_cache_breakpoint: Annotated[dict[str, Any] | None, UNUSED] = None
-
-
-Content = Annotated[
-    Annotated[str, Tag("a string")]
-    | Annotated[
-        list[DecisionPart], Field(min_length=1, fail_fast=True), Tag("an array of objects")
-    ],
-    Discriminator(tag),
-]
-
-
-class DecisionItem(Body):
-    """A message, a call of a tool, or its output; which fields it needs depends on its type."""
-
-    type: str = "message"
-    role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Content | None = None
-    call_id: str | None = None
-    name: str | None = None
-    arguments: str | None = None
-    input: str | None = None
-    output: Content | None = None
-
-
 Label = Annotated[str, Field(min_length=1)]
+JSONContent = Annotated[
+    Annotated[str, Tag("a string")]
+    | Annotated[dict[str, Any], Tag("an object")]
+    | Annotated[list[Any], Tag("an array")],
+    Discriminator(json_type_name),
+]
 
 
 class ChoiceOption(Body):
@@ -115,7 +92,7 @@ class ScoreLevel(Body):
 class QuestionBody(Body):
     """What all questions have."""
 
-    instructions: Content
+    instructions: ItemContent
     name: str | None = None
 
 
@@ -129,14 +106,14 @@ class ChoiceQuestion(QuestionBody):
     """One of several labels."""
 
     type: Literal["choice"]
-    choices: Annotated[list[ChoiceOption], Field(min_length=2, max_length=MAX_LABELS)]
+    choices: list[ChoiceOption]
 
 
 class ScoreQuestion(QuestionBody):
     """A level of an ordered scale."""
 
     type: Literal["score"]
-    levels: Annotated[list[ScoreLevel], Field(min_length=2, max_length=MAX_LABELS)]
+    levels: list[ScoreLevel]
 
 
 def _question_tag(value: Any) -> str:
@@ -155,59 +132,23 @@ AnyQuestion = Annotated[
 class DecisionsBody(DecisionBody):
     """Body of POST /v1/decisions."""
 
-    input: Annotated[
-        Annotated[str, Tag("a string")]
-        | Annotated[
-            list[DecisionItem], Field(min_length=1, fail_fast=True), Tag("an array of objects")
-        ],
-        Discriminator(tag),
-    ]
+    input: Input
     questions: Annotated[list[AnyQuestion], Field(min_length=1, max_length=MAX_QUESTIONS)]
     prompt_cache_key: Annotated[str | None, UNUSED] = None
     prompt_cache_options: Annotated[dict[str, Any] | None, UNUSED] = None
     safety_identifier: Annotated[str | None, Field(max_length=64), UNUSED] = None
 
 
-JSONContent = str | dict[str, Any] | list[Any]
+class SystemOneQuestion(Body):
+    """A question; its criteria describe yes and no, each label, or each level in order."""
 
-
-class NoulCriteria(Body):
-    """What counts as yes, and what as no."""
-
-    true: JSONContent = ""
-    false: JSONContent = ""
-
-
-class NoulQuestion(Body):
-    """A question that is answered by yes or no."""
-
-    type: Literal["noul", "choice", "score"]  # for messages; see `_question_tag`
+    type: Literal["noul", "choice", "score"]
     instructions: JSONContent = ""
-    criteria: NoulCriteria = NoulCriteria()
-
-
-class SystemOneChoice(Body):
-    """One of several labels, with descriptions."""
-
-    type: Literal["choice"]
-    instructions: JSONContent = ""
-    criteria: Annotated[dict[Label, JSONContent | None], Field(min_length=2, max_length=MAX_LABELS)]
-
-
-class SystemOneScore(Body):
-    """A level of an ordered scale."""
-
-    type: Literal["score"]
-    instructions: JSONContent = ""
-    criteria: Annotated[list[JSONContent], Field(min_length=2, max_length=MAX_LABELS)]
-
-
-SystemOneQuestion = Annotated[
-    Annotated[NoulQuestion, Tag("another question")]
-    | Annotated[SystemOneChoice, Tag("a choice")]
-    | Annotated[SystemOneScore, Tag("a score")],
-    Discriminator(_question_tag),
-]
+    criteria: Annotated[
+        Annotated[dict[Label, JSONContent | None], Tag("an object")]
+        | Annotated[list[JSONContent], Tag("an array")],
+        Discriminator(json_type_name),
+    ] = {}
 
 
 class SystemOneBody(DecisionBody):
@@ -215,8 +156,7 @@ class SystemOneBody(DecisionBody):
 
     state: JSONContent
     questions: Annotated[
-        dict[str, SystemOneQuestion],
-        Field(min_length=1, max_length=MAX_QUESTIONS),
+        dict[str, SystemOneQuestion], Field(min_length=1, max_length=MAX_QUESTIONS)
     ]
 
 
@@ -241,7 +181,7 @@ class Question:
     texts: Sequence[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = {True: "Yes", False: "No"}
+        names = {True: "yes", False: "no"}
         texts = [names[v] if isinstance(v, bool) else v for v in self.values]
         if len(set(texts)) < len(texts):  # a string and a boolean with the same text
             texts = [json.dumps(value, ensure_ascii=False) for value in self.values]
@@ -260,9 +200,11 @@ class Question:
                 for text, description in zip(self.texts, self.descriptions, strict=True)
             ]
             return "\n".join([self.instructions, "Answer with one of:", *lines]).strip()
+        if self.values == (True, False):
+            question = "According to the text, is the following true?"
+            return f"Question: {question} {self.instructions}"
         # Labels without descriptions are not listed: small models prefer the first of a list.
-        is_predicate = self.values == (True, False)
-        return f"{self.instructions}\nAnswer Yes or No." if is_predicate else self.instructions
+        return self.instructions
 
 
 @router.post("/decisions", **route_docs(Decision, DecisionsBody))
@@ -270,7 +212,7 @@ async def create_decision(request: Request) -> dict[str, Any]:
     """Answer predicates, choices and scores about an input."""
     body = await read_json(request, DecisionsBody)
     questions = [_question(q, f"questions[{i}]") for i, q in enumerate(body.questions)]
-    text = body.input if isinstance(body.input, str) else _transcript(body.input)
+    text = _transcript(body.input)
     model, rows, usage = await _decide(request, body, "input", text, questions)
     answers: list[dict[str, Any]] = []
     for question, asked, row in zip(questions, body.questions, rows, strict=True):
@@ -305,9 +247,9 @@ async def create_system_one(request: Request) -> dict[str, Any]:
     for (name, asked), row in zip(body.questions.items(), rows, strict=True):
         if (confidence := float(row.max())) < body.min_confidence:
             continue
-        if isinstance(asked, NoulQuestion):
+        if asked.type == "noul":
             answers[name] = {"type": "noul", "noul": float(row[0])}
-        elif isinstance(asked, SystemOneChoice):
+        elif isinstance(asked.criteria, dict):
             probabilities = dict(zip(asked.criteria, row.tolist(), strict=True))
             best = max(probabilities, key=probabilities.__getitem__)
             answers[name] = {"type": "choice", "choice": best, "confidence": confidence}
@@ -327,47 +269,50 @@ async def create_system_one(request: Request) -> dict[str, Any]:
 
 
 def _question(asked: AnyQuestion, path: str) -> Question:
-    instructions = _content(asked.instructions, f"{path}.instructions")
+    instructions = "\n".join(texts_of(asked.instructions, f"{path}.instructions"))
     if not instructions.strip():
         raise _invalid(f"{path}.instructions", "it is empty. Say what to decide.")
     if isinstance(asked, PredicateQuestion):
         return Question(path, instructions)
-    name, key, options = (
-        ("choices", "value", asked.choices)
-        if isinstance(asked, ChoiceQuestion)
-        else ("levels", "label", asked.levels)
-    )
-    values = [getattr(option, key) for option in options]
-    _refuse_duplicates([f"{path}.{name}[{i}].{key}" for i in range(len(values))], values)
+    if isinstance(asked, ChoiceQuestion):
+        name, options, values = "choices", asked.choices, [c.value for c in asked.choices]
+    else:
+        name, options, values = "levels", asked.levels, [level.label for level in asked.levels]
+    _check_labels(f"{path}.{name}", values)
     return Question(path, instructions, values, [option.description for option in options])
 
 
 def _system_one_question(name: str, asked: SystemOneQuestion) -> Question:
-    path, instructions = f"questions.{path_part(name)}", _text(asked.instructions)
-    if isinstance(asked, NoulQuestion):
-        descriptions = _text(asked.criteria.true), _text(asked.criteria.false)
-        if not (instructions.strip() or any(descriptions)):
+    path, instructions = f"questions.{path_part(name)}", _text(asked.instructions).strip()
+    is_list = isinstance(asked.criteria, list)
+    if is_list != (asked.type == "score") and asked.criteria != {}:
+        kind = "an array for a score, and an object otherwise"
+        raise _invalid(f"{path}.criteria", f"expected {kind}.")
+    if asked.type == "noul" and isinstance(asked.criteria, dict):
+        descriptions = [_text(asked.criteria.get(key)) for key in ("true", "false")]
+        if unknown := asked.criteria.keys() - {"true", "false"}:
+            raise _invalid(f"{path}.criteria.{path_part(min(unknown))}", "use true and false.")
+        if not (instructions or any(descriptions)):
             raise missing_parameter(f"{path}.instructions")
         return Question(path, instructions, descriptions=descriptions)
-    instructions = instructions.strip() or "Choose what fits."
-    if isinstance(asked, SystemOneChoice):
+    labels = [_text(label) for label in asked.criteria]
+    _check_labels(f"{path}.criteria", labels)
+    if isinstance(asked.criteria, dict):
         descriptions = [_text(description) for description in asked.criteria.values()]
-        return Question(path, instructions, [*asked.criteria], descriptions)
-    levels = [_text(level) for level in asked.criteria]
-    paths = [f"{path}.criteria[{i}]" for i in range(len(levels))]
-    for param, level in zip(paths, levels, strict=True):
-        if not level:
-            raise _invalid(param, "it is empty. Describe the level.")
-    _refuse_duplicates(paths, levels)
-    return Question(path, instructions, levels, [""] * len(levels))
+    else:
+        descriptions = [""] * len(labels)
+    return Question(path, instructions or "Choose what fits.", labels, descriptions)
 
 
-def _refuse_duplicates(paths: Sequence[str], values: Sequence[str | bool]) -> None:
-    seen: set[tuple[type, str | bool]] = set()
-    for path, value in zip(paths, values, strict=True):
-        if (type(value), value) in seen:
-            raise _invalid(path, f"{json.dumps(value)[:80]} occurs twice. Leave one of them out.")
-        seen.add((type(value), value))
+def _check_labels(path: str, labels: Sequence[str | bool]) -> None:
+    """Raise APIError unless there are 2 to 255 labels that differ, none of them empty."""
+    if not 2 <= len(labels) <= MAX_LABELS:
+        raise _invalid(path, f"expected 2 to {MAX_LABELS} labels, but got {len(labels)}.")
+    typed = [(type(label), label) for label in labels]
+    for i, label in enumerate(labels):
+        if label == "" or typed[i] in typed[:i]:
+            problem = "occurs twice" if label else "is empty"
+            raise _invalid(f"{path}[{i}]", f"the label {json.dumps(label)[:80]} {problem}.")
 
 
 def _text(value: JSONContent | None) -> str:
@@ -377,51 +322,21 @@ def _text(value: JSONContent | None) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _content(content: Any, path: str) -> str:
-    """Return the text of a content, which is a text or a list of parts."""
-    if content is None:
-        raise missing_parameter(path)
-    if isinstance(content, str):
-        return content
-    texts: list[str] = []
-    for i, part in enumerate(content):
-        names = {"input_json": "data", "refusal": "refusal", "input_text": "text"}
-        names |= {"output_text": "text"}
-        if (name := names.get(part.type)) is None:
-            raise unsupported(f"{path}[{i}].type", part.type, f"Use one of: {', '.join(names)}.")
-        if (value := getattr(part, name)) is None:
-            raise missing_parameter(f"{path}[{i}].{name}")
-        texts.append(_text(value))
-    return "\n".join(texts)
+def _transcript(input: str | Sequence[InputItem]) -> str:
+    """Return an input as text: a single message alone, others with their roles."""
+    if not input and not isinstance(input, str):
+        raise missing_parameter("input[0]")
+    messages = template_messages(to_messages(to_items(input)))
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(
+        " ".join([f"{message['role']}:", message["content"], *_calls(message)])
+        for message in messages
+    )
 
 
-def _transcript(items: Sequence[DecisionItem]) -> str:
-    """Return the items of an input as text: a single message of the user alone, others by role."""
-    lines: list[str] = []
-    calls: dict[str, str] = {}
-    for i, item in enumerate(items):
-        path = f"input[{i}]"
-        match item.type:
-            case "message":
-                text = _content(item.content, f"{path}.content")
-                if item.role is None:
-                    raise missing_parameter(f"{path}.role")
-                lines.append(text if len(items) == 1 else f"{item.role}: {text}")
-            case "function_call" | "custom_tool_call":
-                name = "arguments" if item.type == "function_call" else "input"
-                for needed in ("call_id", "name", name):
-                    if getattr(item, needed) is None:
-                        raise missing_parameter(f"{path}.{needed}")
-                calls[str(item.call_id)] = str(item.name)
-                lines.append(f"assistant calls {item.name}: {getattr(item, name)}")
-            case "function_call_output" | "custom_tool_call_output":
-                if item.call_id not in calls:
-                    raise _invalid(f"{path}.call_id", "no call before it has this id.")
-                output = _content(item.output, f"{path}.output")
-                lines.append(f"{calls[item.call_id]} returns: {output}")
-            case _:
-                raise unsupported(f"{path}.type", item.type, "Use messages, calls and outputs.")
-    return "\n".join(lines)
+def _calls(message: dict[str, Any]) -> list[str]:
+    return [_text(call["function"]) for call in message.get("tool_calls", ())]
 
 
 def _invalid(param: str, message: str) -> APIError:

@@ -133,6 +133,7 @@ SLOW_COMMANDS = {
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+NOTHING = {"type": "predicate", "instructions": "It is empty."}
 NO_JSON = {"content": "{", "headers": {"content-type": "application/json"}}
 TOO_LONG = {"content": " " * (4 * 2**20 + 1), "headers": {"content-type": "application/json"}}
 FORM = {"files": {"unknown": ("a.txt", "x")}}
@@ -164,6 +165,9 @@ REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/rerank", {"json": {"model": "tiny", "query": "a", "documents": ["b"]}}),
     ("POST", "/v1/rerank", {"json": {"model": "enc", "query": "a", "documents": []}}),
     ("POST", "/v1/score", {"json": {"model": "enc", "text_1": "a"}}),
+    ("POST", "/v1/decisions", {"json": {"model": "enc", "input": "a", "questions": [NOTHING]}}),
+    ("POST", "/v1/decisions", {"json": {"model": "tiny", "input": "a", "questions": []}}),
+    ("POST", "/v1/systemone", {"json": {"model": "tiny", "state": "a", "questions": {}}}),
     ("POST", "/v1/images/generations", {"json": {"prompt": "a cat", "model": "tiny"}}),
     ("POST", "/v1/fine_tuning/jobs", {"json": {"model": "tiny", "training_file": "nope"}}),
     ("POST", "/v1/fine_tuning/jobs", {"json": {"model": "enc", "training_file": "nope"}}),
