@@ -9,6 +9,7 @@ tables of docs/guides/decisions.md and draws its reliability diagrams.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def nearest(client: OpenAI, example: Example) -> str | bool:
     return labels[int(np.argmax([own @ other for other in others]))]
 
 
-def accuracies(examples: list[Example], answers: list[str | bool | None]) -> str:
+def accuracies(examples: list[Example], answers: Sequence[str | bool | None]) -> str:
     """Return the cells of a table: the accuracy of each task, and of all."""
     right = np.array(
         [answer == example["answer"] for example, answer in zip(examples, answers, strict=True)]
@@ -142,7 +143,7 @@ def measure(client: OpenAI, model: str, examples: list[Example]) -> dict[str, li
 
 def main() -> None:
     """Measure the models of a running server."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description="Measure decisions on a running server.")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the server")
     parser.add_argument("--models", nargs="+", default=MODELS, help="ids of decoders")
     parser.add_argument("--picture", type=Path, help="the PNG file for reliability diagrams")

@@ -19,7 +19,7 @@ All functions take arrays or lists on the host and run in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -113,7 +113,8 @@ def fit_temperature(logprobs: Sequence[np.ndarray], answers: Sequence[int]) -> f
     return float(np.exp((low + high) / 2))
 
 
-class Bin(NamedTuple):
+@dataclass(frozen=True)
+class Bin:
     """The examples of a reliability diagram whose confidence is in one interval."""
 
     count: int

@@ -354,31 +354,29 @@ async def _decide(
 ) -> tuple[DecoderModel, list[np.ndarray], dict[str, Any]]:
     """Return the model, the probabilities of the labels of each question, and the token counts."""
     model = await get_loaded_model(request, body.model, DecoderModel)
-    # Megabytes of text take seconds to encode, which would block the event loop.
-    scored = await asyncio.to_thread(_encode_all, model, param, text, questions)
     keys = [question.prior_key for question in questions]
-    missing: dict[Any, list[Scored]] = {}
+    priors = {key: model.label_priors[key] for key in keys if key in model.label_priors}
+    missing: dict[tuple[str, ...], Question] = {}
     if body.calibration == "contextual":
-        for key, question in zip(keys, questions, strict=True):
-            if key not in model.label_priors and key not in missing:
-                missing[key] = [
-                    _encode(model, param, content, question)
-                    for content in scoring.CONTENT_FREE_INPUTS
-                ]
-    rows, cached_tokens = await _logprobs(
-        request, body, model, [*scored, *(item for items in missing.values() for item in items)]
-    )
-    priors = {key: model.label_priors.get(key) for key in keys}
-    for number, key in enumerate(missing):
-        start = len(scored) + number * len(scoring.CONTENT_FREE_INPUTS)
-        priors[key] = np.stack(rows[start : start + len(scoring.CONTENT_FREE_INPUTS)])
-    if len(model.label_priors) + len(missing) > MAX_PRIORS:
+        missing = {k: q for k, q in zip(keys, questions, strict=True) if k not in priors}
+    inputs = [(text, question) for question in questions]
+    inputs += [(t, question) for question in missing.values() for t in scoring.CONTENT_FREE_INPUTS]
+    # Megabytes of text take seconds to encode, which would block the event loop.
+    scored = await asyncio.to_thread(lambda: [_encode(model, param, *pair) for pair in inputs])
+    rows, cached_tokens = await _logprobs(request, body, model, scored)
+    content_free = iter(rows[len(questions) :])
+    new_priors = {
+        key: np.stack([next(content_free) for _ in scoring.CONTENT_FREE_INPUTS]) for key in missing
+    }
+    if len(model.label_priors) + len(new_priors) > MAX_PRIORS:
         model.label_priors.clear()
-    model.label_priors.update({key: priors[key] for key in missing})
+    model.label_priors.update(new_priors)
+    priors |= new_priors
+    rows = rows[: len(questions)]
     if body.calibration == "contextual":
-        rows = [scoring.calibrate(row, priors[key]) for key, row in zip(keys, rows, strict=False)]
+        rows = [scoring.calibrate(row, priors[key]) for key, row in zip(keys, rows, strict=True)]
     temperature = body.temperature or model.decision_temperature
-    prompts = [ids for ids, _ in scored]
+    prompts = [ids for ids, _ in scored[: len(questions)]]
     shared = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
     context = context_of(request.scope)
     context.prompt_tokens = shared + sum(len(ids) - shared for ids in prompts)
@@ -389,14 +387,8 @@ async def _decide(
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": context.prompt_tokens,
     }
-    probabilities = [np.exp(scoring.log_softmax(row, temperature)) for row in rows[: len(scored)]]
+    probabilities = [np.exp(scoring.log_softmax(row, temperature)) for row in rows]
     return model, probabilities, usage
-
-
-def _encode_all(
-    model: DecoderModel, param: str, text: str, questions: Sequence[Question]
-) -> list[Scored]:
-    return [_encode(model, param, text, question) for question in questions]
 
 
 def _encode(model: DecoderModel, param: str, text: str, question: Question) -> Scored:
@@ -423,7 +415,7 @@ def _encode(model: DecoderModel, param: str, text: str, question: Question) -> S
     ids += encoding.encode_ordinary("Answer:")
     labels = [tuple(encoding.encode_ordinary(f" {text}")) for text in question.texts]
     if scoring.has_prefix(labels):  # the end of the answer tells "good" from "good enough"
-        labels = [(*label, min(tokenizer.stop_ids)) for label in labels]
+        labels = [(*label, min(tokenizer.stop_ids, default=0)) for label in labels]
     longest = max(map(len, labels))
     resolve_max_tokens(wording, model.context, len(ids) + longest, None, default=1)
     return ids, labels
