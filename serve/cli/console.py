@@ -129,6 +129,41 @@ class DownloadProgress:
             self._bar.stop()
 
 
+class EventPrinter:
+    """Print events of a job to stderr.
+
+    On a terminal the steps overwrite each other on one line. In files and pipes a line is
+    printed for each validation and each tenth of the steps.
+    """
+
+    def __init__(self) -> None:
+        self._is_live = not is_plain(sys.stderr)
+        self._tenth, self._is_open = -1, False
+
+    def show(self, event: dict) -> None:
+        """Print an event: its message, and its step and their number if it has them as `data`."""
+        line, data = event["message"], event.get("data") or {}
+        if (step := data.get("step")) is None:
+            self.close()
+            info(line)
+            return
+        total = data.get("total_steps")
+        # If the number of steps is unknown, print the steps 1, 2, 4, 8, ...
+        tenth = step * 10 // total if total else step.bit_length()
+        if self._is_live:
+            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+            self._is_open = True
+        elif tenth != self._tenth or "valid_loss" in data:
+            self._tenth = tenth
+            info(line)
+
+    def close(self) -> None:
+        """End the line of the last step."""
+        if self._is_open:
+            print(file=sys.stderr)
+            self._is_open = False
+
+
 def _progress_bar(id: str, total: int) -> "Progress":
     from rich.console import Console
     from rich.progress import (

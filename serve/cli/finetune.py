@@ -8,7 +8,6 @@ command uses the API of a server instead.
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -268,7 +267,7 @@ def _follow(backend: JobBackend, id: str, *, json: bool, quiet: bool) -> None:
         CheckFailed: a file cannot be used for training.
         Failure: the job failed for another reason, or was cancelled.
     """
-    with contextlib.closing(_EventPrinter()) as printer:
+    with contextlib.closing(console.EventPrinter()) as printer:
         try:
             for event in backend.events(id):
                 # An event of level "error" repeats the error of the job, which is raised below.
@@ -287,39 +286,6 @@ def _follow(backend: JobBackend, id: str, *, json: bool, quiet: bool) -> None:
     console.write_result(job, job["fine_tuned_model"], json=json)
     if not json:
         console.info(backend.usage_hint(job["fine_tuned_model"]))
-
-
-class _EventPrinter:
-    """Print events to stderr.
-
-    On a terminal the training steps overwrite each other on one line. In files and pipes a line is
-    printed for each validation and each tenth of the training.
-    """
-
-    def __init__(self) -> None:
-        self._is_live = not console.is_plain(sys.stderr)
-        self._tenth, self._is_open = -1, False
-
-    def show(self, event: dict) -> None:
-        line, data = event["message"], event.get("data") or {}
-        if (step := data.get("step")) is None:
-            self.close()
-            console.info(line)
-            return
-        total = data.get("total_steps")
-        # If the number of steps is unknown, print the steps 1, 2, 4, 8, ...
-        tenth = step * 10 // total if total else step.bit_length()
-        if self._is_live:
-            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
-            self._is_open = True
-        elif tenth != self._tenth or "valid_loss" in data:
-            self._tenth = tenth
-            console.info(line)
-
-    def close(self) -> None:
-        if self._is_open:
-            print(file=sys.stderr)
-            self._is_open = False
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import typer
 import typer.core
 
 from serve.cli import (
+    batch,
     bench,
     chat,
     complete,
@@ -98,6 +99,7 @@ for command in (
     pull.pull,
     rm.rm,
     ps.ps,
+    batch.batch,
 ):
     app.command()(command)
 app.add_typer(models.app, name="models")

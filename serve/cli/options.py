@@ -10,6 +10,13 @@ def model_option(help: str) -> Any:
     return typer.Option("--model", "-m", metavar="ID", help=help)
 
 
+DEFAULT_HOST = "http://127.0.0.1:8000"
+ServerHost = Annotated[
+    str, typer.Option("--host", envvar="PELLUCID_HOST", help="The server to ask.")
+]
+ServerKey = Annotated[
+    str, typer.Option("--api-key", envvar="PELLUCID_API_KEY", help="A key of the server.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and counts to stderr.")]
 

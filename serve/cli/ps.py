@@ -6,19 +6,13 @@ from typing import Annotated
 import typer
 
 from serve.cli import console
-from serve.cli.options import Json
+from serve.cli.options import DEFAULT_HOST, Json, ServerHost, ServerKey
 from serve.models.disk import human_size
-
-DEFAULT_HOST = "http://127.0.0.1:8000"
 
 
 def ps(
-    host: Annotated[
-        str, typer.Option(envvar="PELLUCID_HOST", help="The server to ask.")
-    ] = DEFAULT_HOST,
-    key: Annotated[
-        str, typer.Option("--api-key", envvar="PELLUCID_API_KEY", help="A key of the server.")
-    ] = "",
+    host: ServerHost = DEFAULT_HOST,
+    key: ServerKey = "",
     all: Annotated[
         bool, typer.Option("--all", help="Also list the models that are not in memory.")
     ] = False,

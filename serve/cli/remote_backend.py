@@ -66,20 +66,20 @@ class RemoteBackend:
     """
 
     def __init__(self, client: openai.OpenAI, location: str):
-        self._client, self.location = client, location
+        self.client, self.location = client, location
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
         """Upload the files and create a job; see `JobBackend`."""
         names = ("n_epochs", "batch_size", "learning_rate_multiplier")
         if model is None:
-            if (first := next(iter(self._client.models.list()), None)) is None:
+            if (first := next(iter(self.client.models.list()), None)) is None:
                 raise NotFound(f"the server {self.location} has no model; give one with --model")
             model = first.id
         hyperparameters: Any = {name: fields[name] or "auto" for name in names}
-        job = self._client.fine_tuning.jobs.create(
+        job = self.client.fine_tuning.jobs.create(
             model=model,
-            training_file=self._upload(data),
-            validation_file=None if valid is None else self._upload(valid),
+            training_file=self.upload(data, "fine-tune"),
+            validation_file=None if valid is None else self.upload(valid, "fine-tune"),
             suffix=fields["suffix"],
             seed=fields["seed"],
             hyperparameters=hyperparameters,
@@ -88,24 +88,24 @@ class RemoteBackend:
 
     def jobs(self) -> list[dict]:
         """Return all jobs, newest first."""
-        return [job.to_dict() for job in self._client.fine_tuning.jobs.list(limit=100)]
+        return [job.to_dict() for job in self.client.fine_tuning.jobs.list(limit=100)]
 
     def models(self) -> frozenset[str]:
         """Return the ids of the models that the server serves."""
-        return frozenset(model.id for model in self._client.models.list())
+        return frozenset(model.id for model in self.client.models.list())
 
     def model_states(self) -> list[dict]:
         """Return the models of the server with their state."""
-        address = f"{str(self._client.base_url).removesuffix('v1/')}pellucid/v1/models"
-        return cast(dict, self._client.get(address, cast_to=object))["data"]
+        address = f"{str(self.client.base_url).removesuffix('v1/')}pellucid/v1/models"
+        return cast(dict, self.client.get(address, cast_to=object))["data"]
 
     def job(self, id: str) -> dict:
         """Return a job."""
-        return self._client.fine_tuning.jobs.retrieve(id).to_dict()
+        return self.client.fine_tuning.jobs.retrieve(id).to_dict()
 
     def cancel(self, id: str) -> dict:
         """Cancel a job and return it."""
-        return self._client.fine_tuning.jobs.cancel(id).to_dict()
+        return self.client.fine_tuning.jobs.cancel(id).to_dict()
 
     def delete(self, name: str) -> list[str]:
         """Delete a model and its checkpoints, given by its id or its job; return the deleted ids.
@@ -117,7 +117,7 @@ class RemoteBackend:
         if name.startswith(("ftjob-", "ft-")):
             job = self.job(name)
             check_finished(job)
-            checkpoints = self._client.fine_tuning.jobs.checkpoints.list(name, limit=100)
+            checkpoints = self.client.fine_tuning.jobs.checkpoints.list(name, limit=100)
             ids = [
                 job["fine_tuned_model"],
                 *(checkpoint.fine_tuned_model_checkpoint for checkpoint in checkpoints),
@@ -132,7 +132,7 @@ class RemoteBackend:
             deleted = [name, *(id for id in available if id.startswith(name + CHECKPOINT_INFIX))]
         deleted.sort(reverse=True)  # the model last: deleting it deletes its checkpoints
         for id in deleted:
-            self._client.models.delete(id)
+            self.client.models.delete(id)
         return deleted
 
     def detached_hint(self, id: str) -> str:
@@ -156,7 +156,7 @@ class RemoteBackend:
         Raises:
             Unreachable: the connection broke before the job was finished.
         """
-        with self._client.get(
+        with self.client.get(
             f"/fine_tuning/jobs/{quote(id, safe='')}/events",
             cast_to=object,
             options={"params": {"stream": True}},
@@ -177,10 +177,10 @@ class RemoteBackend:
                 f"`pellucid finetune follow {id}` and the same --host"
             )
 
-    def _upload(self, path: Path) -> str:
+    def upload(self, path: Path, purpose: openai.types.FilePurpose) -> str:
         """Upload a file in chunks and return its id."""
         with path.open("rb") as file:
-            return self._client.files.create(file=file, purpose="fine-tune").id
+            return self.client.files.create(file=file, purpose=purpose).id
 
 
 def _base_url(host: str) -> str:

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from serve.cli.finetune import _EventPrinter
+from serve.cli.console import EventPrinter
 from serve.cli.remote_backend import open_remote_backend
 from serve.models import adapters
 from tests.naming import names
@@ -112,7 +112,7 @@ def test_finetune_check_of_valid_file_writes_no_file_and_needs_a_decoder(finetun
 
 def test_event_printer_prints_one_line_per_tenth_of_the_steps(capsys):
     """Regression: the step was parsed from the message "Step 12/100", not read from the data."""
-    printer = _EventPrinter()
+    printer = EventPrinter()
     for step in range(1, 41):
         printer.show({"message": f"{step}!", "data": {"step": step, "total_steps": 40}})
     data = {"step": 40, "total_steps": 40, "valid_loss": 1.0}
@@ -204,7 +204,7 @@ def test_upload_is_sent_in_chunks(tmp_path):
         threading.Thread(target=server.handle_request).start()
         with open_remote_backend(f"127.0.0.1:{server.server_port}", "key") as backend:
             tracemalloc.start()
-            sent = int(backend._upload(large))
+            sent = int(backend.upload(large, "fine-tune"))
             _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
     assert sent > large.stat().st_size and peak < 8 * 2**20
