@@ -54,6 +54,7 @@ from serve.api.temp_files import TempFiles
 from serve.jobs.batches import Batches
 from serve.jobs.jobs import JobStore
 from serve.jobs.runner import JobRunner
+from serve.jobs.server_lock import ServerLock
 from serve.jobs.store import Store
 from serve.models.registry import Registry
 
@@ -82,6 +83,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         state.batch_runner.start()  # continues batches that an earlier server left unfinished
         yield
         await state.batch_runner.stop()
+        server_lock.close()
 
     app = FastAPI(
         lifespan=lifespan,
@@ -129,6 +131,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         ],
     )
     store = Store(settings.home)
+    server_lock = ServerLock(settings.home)
     jobs = JobStore(store, settings.home)
     state = ServerState(
         registry=registry,
@@ -136,11 +139,12 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         store=store,
         responses=ResponseStore(
             store,
+            server_lock,
             is_enabled=settings.store_responses,
             max_bytes=settings.max_stored_bytes,
             max_days=settings.max_stored_days,
         ),
-        batches=Batches(store),
+        batches=Batches(store, server_lock),
         jobs=jobs,
         job_runner=JobRunner(jobs),
         temp_files=TempFiles(settings.home / "pictures"),

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,6 +30,7 @@ from serve.models.registry import Registry
 log = logging.getLogger(__name__)
 
 MAX_CONCURRENT_LINES = 8
+POLL_SECONDS = 5.0  # between two looks for batches of servers that have ended
 MAX_ATTEMPTS = 5  # of a request while the queue is full
 ENDPOINTS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
@@ -68,28 +70,29 @@ class BatchRunner:
 
     async def _run_for_ever(self) -> None:
         while True:
-            await self._has_new_batch.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._has_new_batch.wait(), POLL_SECONDS)
             self._has_new_batch.clear()
             await self._run_unfinished()
 
     async def _run_unfinished(self) -> None:
-        while batches := await asyncio.to_thread(self._batches.unfinished):
+        while batch := await asyncio.to_thread(self._batches.next_unfinished):
             try:
-                await self._run(batches[0])
+                await self._run(batch)
             except Exception:
-                log.exception("%s failed", batches[0]["id"])
+                log.exception("%s failed", batch["id"])
                 error = {"code": "server_error", "message": "The server failed.", "param": None}
                 errors = {"object": "list", "data": [error | {"line": None}]}
                 await asyncio.to_thread(
-                    self._batches.set_status, batches[0]["id"], "failed", errors=errors
+                    self._batches.set_status, batch["id"], "failed", errors=errors
                 )
 
     async def _run(self, batch: JsonObject) -> None:
         id, batches = batch["id"], self._batches
+        is_new = batch["status"] == "validating"
+        check = self._line_check(batch["endpoint"]) if is_new else lambda body: None
         try:
-            lines, errors = await asyncio.to_thread(
-                batches.read_lines, batch, self._line_check(batch["endpoint"])
-            )
+            lines, errors = await asyncio.to_thread(batches.read_lines, batch, check)
         except FileNotFoundError:
             message = f"The file '{batch['input_file_id']}' was deleted."
             error = {"code": "file_not_found", "message": message, "param": None, "line": None}

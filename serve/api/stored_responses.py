@@ -4,8 +4,9 @@ They are objects of the server's store (`serve/jobs/store.py`). Each has an owne
 created it; for other keys it does not exist. The texts of all of them are limited in bytes and in
 days: the oldest are deleted first. A deleted text is overwritten on the disk.
 
-A response that runs in the background belongs to an asyncio task. Its events are kept in memory
-until it ends, so that several clients can follow it.
+A response that runs in the background belongs to an asyncio task of one server. Its events are kept
+in memory until it ends, so that several clients can follow it. If its server has ended before it,
+the response has failed.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from typing import Any
 
 from serve.api.errors import APIError
 from serve.api.response_events import Event
+from serve.jobs.server_lock import ServerLock
 from serve.jobs.store import JsonObject, Store
 
 KINDS = ("response", "chat.completion", "conversation", "conversation.item")
@@ -74,23 +76,31 @@ class ResponseStore:
 
     Args:
         store: The store of the server.
+        server: The lock of the server.
         is_enabled: Whether requests may store; otherwise nothing is written.
         max_bytes: Limit on the JSON of all objects, in bytes.
         max_days: Age at which objects are deleted, in days.
     """
 
-    def __init__(self, store: Store, *, is_enabled: bool, max_bytes: int, max_days: float):
-        self._store, self.is_enabled = store, is_enabled
+    def __init__(
+        self,
+        store: Store,
+        server: ServerLock,
+        *,
+        is_enabled: bool,
+        max_bytes: int,
+        max_days: float,
+    ):
+        self._store, self._server, self.is_enabled = store, server, is_enabled
         self._max_bytes, self._max_seconds = max_bytes, max_days * SECONDS_PER_DAY
         self.running: dict[str, BackgroundRun] = {}
-        self._fail_interrupted()
         self._num_bytes = store.total_bytes(KINDS)
         self._next_expiry_check = 0.0
         self._prune()
 
     def add(self, kind: str, id: str, owner: str, body: JsonObject, parent: str = "") -> None:
         """Store an object; the oldest ones are deleted if there is no room."""
-        body = body | {"owner": owner, "stored_at": time.time()}
+        body = body | {"owner": owner, "stored_at": time.time(), "server": self._server.id}
         self._num_bytes += len(json.dumps(body))
         self._store.add(kind, id, body, parent)
         self._prune()
@@ -104,6 +114,8 @@ class ResponseStore:
         body = self._store.get(kind, id)
         if body is None or not self.is_readable(body, owner):
             raise no_such_object(kind, id)
+        if kind == "response" and is_unfinished(body["response"]):
+            body = self._fail_if_lost(id, body)
         return body
 
     def update(self, kind: str, id: str, **fields: Any) -> None:
@@ -179,16 +191,24 @@ class ResponseStore:
             num_bytes=self._num_bytes - self._max_bytes,
         )
 
-    def _fail_interrupted(self) -> None:
-        """Mark responses as failed that an earlier server was computing when it ended."""
-        interrupted, _ = self._store.page(
-            "response",
-            predicate=lambda body: body["response"]["status"] in ("queued", "in_progress"),
-        )
+    def _fail_if_lost(self, id: str, body: JsonObject) -> JsonObject:
+        """Return an unfinished response, which has failed if no server computes it any more."""
+        if id in self.running or not self._server.has_ended(body.get("server", "")):
+            return body
         error = {"code": "server_error", "message": "The server stopped before it had finished."}
-        for body in interrupted:
-            response = body["response"] | {"status": "failed", "error": error}
-            self._store.update("response", response["id"], response=response)
+        with self._store.transaction():
+            # Read it again: the server may have finished it just before its end.
+            if (current := self._store.get("response", id)) is None:
+                raise no_such_object("response", id)
+            if not is_unfinished(response := current["response"]):
+                return current
+            response |= {"status": "failed", "error": error}
+            return self._store.update("response", id, response=response)
+
+
+def is_unfinished(response: JsonObject) -> bool:
+    """Return whether a response is still computed."""
+    return response["status"] in ("queued", "in_progress")
 
 
 _NAMES = {

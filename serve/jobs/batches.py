@@ -3,7 +3,8 @@
 A batch is an object of the store, and each result is one too, whose id has the number of the line.
 The database accepts an id once, so a line has one result, however often the server is killed. The
 next server goes on with the lines that have none. At the end the results are written to files in
-the order of the lines, and erased.
+the order of the lines, and erased. A batch is run by the server that created it; when that server
+has ended, by another one that shares the data folder (see `server_lock.py`).
 
 The status of a batch is validating, in_progress, finalizing, and finally completed, failed, expired
 or cancelled (cancelling while lines still run).
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from sqlite3 import IntegrityError
 from typing import Any
 
+from serve.jobs.server_lock import ServerLock
 from serve.jobs.store import JsonObject, Store, file_record, new_id
 
 WINDOW_SECONDS = 24 * 3600
@@ -48,10 +50,11 @@ class Batches:
 
     Args:
         store: the store.
+        server: the lock of the server that runs its batches.
     """
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self, store: Store, server: ServerLock):
+        self._store, self._server = store, server
 
     def create(self, owner: str, input_file_id: str, fields: Mapping[str, Any]) -> JsonObject:
         """Create a batch and return it in OpenAI's shape.
@@ -82,7 +85,8 @@ class Batches:
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             **fields,
         }
-        self._store.add("batch", batch["id"], {"owner": owner, "batch": batch})
+        record = {"owner": owner, "server": self._server.id, "batch": batch}
+        self._store.add("batch", batch["id"], record)
         return batch
 
     def get(self, id: str) -> JsonObject | None:
@@ -95,12 +99,20 @@ class Batches:
         record = self._store.get("batch", id)
         return None if record is None else record["owner"]
 
-    def unfinished(self) -> list[JsonObject]:
-        """Return the unfinished batches, oldest first."""
-        records, _ = self._store.page(
-            "batch", predicate=lambda record: record["batch"]["status"] in UNFINISHED
-        )
-        return [record["batch"] for record in records]
+    def next_unfinished(self) -> JsonObject | None:
+        """Return the oldest unfinished batch that is not run by another server."""
+        with self._store.transaction():
+            records, _ = self._store.page(
+                "batch", predicate=lambda record: record["batch"]["status"] in UNFINISHED
+            )
+            for record in records:
+                batch, server = record["batch"], record.get("server", "")
+                if server == self._server.id:
+                    return batch
+                if self._server.has_ended(server):
+                    self._store.update("batch", batch["id"], server=self._server.id)
+                    return batch
+        return None
 
     def set_status(self, id: str, status: str, **fields: Any) -> JsonObject:
         """Set the status of a batch and its time, and other fields; return the batch."""

@@ -368,9 +368,6 @@ class BlobWriter:
 
 def _open_locked(path: Path) -> BinaryIO:
     """Open a new file for writing, and lock it, so that `_clean_up` does not remove it."""
-    while True:
-        descriptor = disk.lock(path)
-        if os.fstat(descriptor).st_nlink:
-            os.ftruncate(descriptor, 0)
-            return os.fdopen(descriptor, "wb")
-        os.close(descriptor)
+    descriptor = disk.lock(path)
+    os.ftruncate(descriptor, 0)
+    return os.fdopen(descriptor, "wb")

@@ -67,9 +67,12 @@ def try_lock(path: Path) -> int | None:
 
 def lock(path: Path) -> int:
     """Wait for the lock of a file, and return a descriptor as `try_lock` does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # else another process removed the file meanwhile
+            return descriptor
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

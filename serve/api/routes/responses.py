@@ -48,7 +48,7 @@ from serve.api.responses import (
 from serve.api.routes.chat import build_generation, chat_logprobs
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model, stored_of
-from serve.api.stored_responses import BackgroundRun, ResponseStore
+from serve.api.stored_responses import BackgroundRun, ResponseStore, is_unfinished
 from serve.api.tools import ToolSettings, read_tools
 from serve.api.unused_fields import Unused
 from serve.jobs.store import new_id
@@ -409,13 +409,16 @@ async def get_response(request: Request, response_id: str) -> Response:
     """Return a stored response, or its events from a sequence number on."""
     query = read_query(request, RetrieveQuery)
     stored, owner = stored_of(request)
+    run = stored.running.get(response_id)
     record = await asyncio.to_thread(stored.get, "response", response_id, owner)
     if not query.stream:
         return JSONResponse(record["response"])
+    if run is None:
+        _check_finished(record["response"])
     first = -1 if query.starting_after is None else query.starting_after
 
     async def events() -> AsyncGenerator[Event, None]:
-        if (run := stored.running.get(response_id)) is not None:
+        if run is not None:
             async for event in run.follow():
                 yield event
         else:
@@ -461,7 +464,19 @@ async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
         raise APIError(400, "Cannot cancel a synchronous response.", code="invalid_value")
     await stored.stop(response_id)
     record = await asyncio.to_thread(stored.get, "response", response_id, owner)
+    _check_finished(record["response"])
     return record["response"]
+
+
+def _check_finished(response: dict[str, Any]) -> None:
+    """Raise APIError if a response, which this server does not compute, is not finished."""
+    if is_unfinished(response):
+        raise APIError(
+            409,
+            "Another server of this data folder computes the response: send the request to it, or "
+            "wait for its end.",
+            code="conflict",
+        )
 
 
 @router.delete("/responses/{response_id}", **route_docs(ResponseDeleted))
