@@ -243,8 +243,9 @@ class Batches:
                     filename = f"{id}_{name}.jsonl"
                     blob.commit(file_record(file_id, filename, blob.size, "batch_output"))
             files[f"{name}_file_id"] = file_id if blob.size else None
-        self.set_status(id, status, **files)
-        self._store.erase("batch.result", [_result_id(id, line) for line in lines])
+        with self._store.transaction():
+            self.set_status(id, status, **files)
+            self._store.erase("batch.result", [_result_id(id, line) for line in lines])
 
 
 def result_of(line: Line, status: int, request_id: str, body: Any) -> JsonObject:

@@ -88,6 +88,7 @@ class Store:
         self._path = home / "store.db"
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # private to the user
         self._lock = threading.RLock()
+        self._has_erased = False  # since the last commit
         try:
             self._open()
         except sqlite3.OperationalError as error:  # locked, or no disk space
@@ -138,6 +139,10 @@ class Store:
                 self._database.execute("ROLLBACK")
                 raise
             self._database.execute("COMMIT")
+            if self._has_erased:
+                # The log still has the bytes; the copy into the database overwrites them there.
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._has_erased = False
 
     def add(self, kind: str, id: str, body: JsonObject, parent: str = "") -> None:
         """Add an object; it becomes the newest of its kind.
@@ -192,13 +197,11 @@ class Store:
 
     def erase(self, kind: str, ids: Iterable[str]) -> None:
         """Delete objects and their rows, and overwrite their bytes on the disk."""
-        with self._lock:
-            with self.transaction():
-                self._database.executemany(
-                    "DELETE FROM objects WHERE kind = ? AND id = ?", ((kind, id) for id in ids)
-                )
-            # The log still has the bytes; copy it into the database, where they are overwritten.
-            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with self.transaction():
+            self._database.executemany(
+                "DELETE FROM objects WHERE kind = ? AND id = ?", ((kind, id) for id in ids)
+            )
+            self._has_erased = True
 
     def total_bytes(self, kinds: Sequence[str]) -> int:
         """Return the size of the bodies of all objects of some kinds, in bytes."""
