@@ -20,7 +20,7 @@ from typing import Any
 from serve.api.errors import APIError
 from serve.api.response_events import Event
 from serve.jobs.server_lock import ServerLock
-from serve.jobs.store import JsonObject, Store
+from serve.jobs.store import ID_LENGTH, JsonObject, Store, new_id
 
 KINDS = ("response", "chat.completion", "conversation", "conversation.item")
 SECONDS_PER_DAY = 86_400
@@ -150,18 +150,51 @@ class ResponseStore:
         bodies, _ = self._store.page("conversation.item", parent=conversation)
         return [body["item"] for body in bodies]
 
-    def find_item(self, id: str, owner: str, param: str) -> JsonObject:
-        """Return the item with an id, of a conversation or of the output of a response.
+    def conversation_item(self, conversation: str, id: str, owner: str) -> JsonObject:
+        """Return an item of a conversation.
+
+        Raises:
+            APIError: 404 if there is no such item, or it belongs to another key.
+        """
+        body = self._store.get("conversation.item", id, parent=conversation)
+        if body is None or not self.is_readable(body, owner):
+            raise no_such_object("conversation.item", id)
+        return body["item"]
+
+    def resolve_references(
+        self, items: Sequence[JsonObject], owner: str, param: str
+    ) -> list[JsonObject]:
+        """Return items with copies of the stored items in the place of references to them.
+
+        Args:
+            items: The items of a request.
+            owner: The API key of the request.
+            param: The path of the items in the request, for messages.
+
+        Raises:
+            APIError: 404 for a reference to an item that does not exist.
+        """
+        resolved = []
+        for index, item in enumerate(items):
+            if item["type"] == "item_reference":
+                found = self._find_item(item["id"], owner, f"{param}[{index}].id")
+                # A conversation has each id once, also if it refers to its own items.
+                item = found | {"id": new_id(found["id"].partition("_")[0] + "_")}
+            resolved.append(item)
+        return resolved
+
+    def _find_item(self, id: str, owner: str, param: str) -> JsonObject:
+        """Return the item with an id, of a conversation or of a response.
 
         Raises:
             APIError: 404 if there is none; `param` is the field that holds the id.
         """
         body = self._store.get("conversation.item", id)
-        if body is not None and body["owner"] == owner:
+        if body is not None and self.is_readable(body, owner):
             return body["item"]
-        # The id of an output item starts with that of its response; see `ResponseWriter`.
-        body = self._store.get("response", f"resp_{id.partition('_')[2][:-3]}")
-        if body is not None and body["owner"] == owner:
+        # The id of an item of a response has that of the response.
+        body = self._store.get("response", f"resp_{id.partition('_')[2][:ID_LENGTH]}")
+        if body is not None and self.is_readable(body, owner):
             for item in [*body["input"], *body["response"]["output"]]:
                 if item["id"] == id:
                     return item

@@ -44,9 +44,11 @@ JsonObject = dict[str, Any]
 
 _LETTERS = string.ascii_letters + string.digits
 _NEW_PREFIX = ".new-"
+MAX_POSITION = 2**63 - 1
+ID_LENGTH = 24  # without the prefix
 
 
-def new_id(prefix: str, length: int = 24) -> str:
+def new_id(prefix: str, length: int = ID_LENGTH) -> str:
     """Return a random id: the prefix, and `length` letters and digits that cannot be guessed."""
     return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length))
 
@@ -162,11 +164,12 @@ class Store:
                 (kind, id, parent, json.dumps(body)),
             )
 
-    def get(self, kind: str, id: str) -> JsonObject | None:
-        """Return the body of an object; None if it does not exist."""
+    def get(self, kind: str, id: str, parent: str | None = None) -> JsonObject | None:
+        """Return the body of an object; None if it does not exist, or has another parent."""
         with self._lock:
             row = self._database.execute(
-                "SELECT body FROM objects WHERE kind = ? AND id = ?", (kind, id)
+                "SELECT body FROM objects WHERE kind = ? AND id = ? AND parent = IFNULL(?, parent)",
+                (kind, id, parent),
             ).fetchone()
         return json.loads(row[0]) if row and row[0] is not None else None
 
@@ -264,7 +267,7 @@ class Store:
             KeyError: no object had the id `after`.
         """
         with self._lock:
-            start = None
+            start = MAX_POSITION if newest_first else 0
             if after is not None:
                 row = self._database.execute(
                     "SELECT position FROM objects WHERE kind = ? AND parent = ? AND id = ?",
@@ -276,8 +279,8 @@ class Store:
             sign, order = ("<", "DESC") if newest_first else (">", "ASC")
             rows = self._database.execute(
                 "SELECT body FROM objects WHERE kind = ? AND parent = ? AND body IS NOT NULL"
-                f" AND (? IS NULL OR position {sign} ?) ORDER BY position {order}",
-                (kind, parent, start, start),
+                f" AND position {sign} ? ORDER BY position {order}",
+                (kind, parent, start),
             )
             bodies: list[JsonObject] = []
             for (text,) in rows:

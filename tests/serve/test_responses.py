@@ -383,6 +383,45 @@ def test_item_of_a_conversation_can_be_referred_to_in_it(ask, client):
     assert len({item.id for item in items}) == 4
 
 
+def test_reference_finds_input_and_output_items_of_responses(ask, client):
+    """Regression: only items of conversations and of outputs were found."""
+    first = ask("One.", [{"role": "user", "content": "Ann."}, {"role": "user", "content": "Bob."}])
+    second = ask("Two.", "Go on.", previous_response_id=first.id)
+    items = client.responses.input_items.list(second.id, order="asc").data
+    assert [item.content[0].text for item in items] == ["Ann.", "Bob.", "One.", "Go on."]
+    for item in [*items, *second.output]:
+        ask("Yes.", [{"type": "item_reference", "id": item.id}], store=False)
+        assert item.content[0].text in ask.prompt
+
+
+def test_conversation_with_reference_has_a_copy_of_the_item(ask, client):
+    """Regression: the reference itself was stored, so that it could refer to itself."""
+    response = ask("One.", "Count.")
+    reference = {"type": "item_reference", "id": response.output[0].id}
+    conversation = client.conversations.create(items=[reference])
+    (item,) = client.conversations.items.list(conversation.id).data
+    reference["id"] = item.id  # to the conversation's own item
+    client.conversations.items.create(conversation.id, items=[reference])
+    items = client.conversations.items.list(conversation.id, order="asc").data
+    assert [item.content[0].text for item in items] == ["One.", "One."]
+    assert len({item.id for item in items}) == 2
+    reference["id"] = "msg_x"
+    with pytest.raises(openai.NotFoundError) as error:
+        client.conversations.items.create(conversation.id, items=[reference])
+    assert error.value.param == "items[0].id"
+
+
+def test_previous_responses_cannot_form_a_cycle(ask, client):
+    """A response names an earlier one, and its id is chosen by the server when it is created."""
+    first = ask("One.", "Count.")
+    second = ask("Two.", "Go on.", previous_response_id=first.id, extra_body={"id": first.id})
+    assert second.id != first.id
+    client.responses.delete(first.id)  # the second has a copy of its items
+    third = ask("Three.", "And?", previous_response_id=second.id)
+    assert third.previous_response_id == second.id
+    assert [ask.prompt.count(text) for text in ("Count.", "One.", "Two.")] == [1, 1, 1]
+
+
 def test_refused_request_leaves_nothing_in_the_store(model, tmp_path):
     """A response was stored before its first token, also if the queue was full."""
     with (

@@ -1,9 +1,12 @@
 """Stored chat completions with the official client and a scripted engine."""
 
+import contextlib
+
 import httpx
 import openai
 import pytest
 
+from serve.jobs.store import Store
 from tests.serve import scripted
 from tests.serve.conftest import client as open_client
 from tests.serve.test_tools import ADD, CALL_ADD, ENCODING
@@ -50,6 +53,45 @@ def test_list_selects_by_model_and_metadata_in_pages(client, model):
     assert [completion.id for completion in odd] == ids[1::2]
     assert client.chat.completions.list(model="other").data == []
     assert client.chat.completions.list(order="desc", limit=1).data[0].id == ids[-1]
+
+
+def test_10_000_completions_are_listed_in_pages_that_cost_the_same(model, tmp_path):
+    """Regression: SQLite read all objects before a page."""
+    with (
+        scripted.serve_models(model, home=tmp_path) as address,
+        open_client(address, strict=True) as client,
+        httpx.Client(base_url=address) as http,
+    ):
+        completion = create(client, model)
+        with contextlib.closing(Store(tmp_path)) as store, store.transaction():
+            record = store.get("chat.completion", completion.id)
+            owner = record["owner"]
+            for number in range(9_999):
+                record["completion"]["id"] = id = f"chatcmpl-{number}"
+                store.add("chat.completion", id, record, parent=owner)
+        ids, page = [], {"last_id": None, "has_more": True}
+        while page["has_more"]:
+            params = {"limit": 100} | ({"after": page["last_id"]} if ids else {})
+            page = http.get("/v1/chat/completions", params=params).json()
+            ids += [completion["id"] for completion in page["data"]]
+        assert ids == [completion.id, *(f"chatcmpl-{number}" for number in range(9_999))]
+        assert client.chat.completions.list(order="desc", limit=1).data[0].id == ids[-1]
+    with contextlib.closing(Store(tmp_path)) as store:
+        costs = [
+            num_instructions(store, after=after, newest_first=newest_first)
+            for after in (None, ids[100], ids[5_000], ids[9_900])
+            for newest_first in (False, True)
+        ]
+    assert max(costs) < 2 * min(costs)
+
+
+def num_instructions(store, **fields):
+    """Return the number of instructions of SQLite's virtual machine for a page, in hundreds."""
+    counts = []
+    store._database.set_progress_handler(lambda: counts.append(1), 100)
+    store.page("chat.completion", limit=50, **fields)
+    store._database.set_progress_handler(None, 0)
+    return len(counts)
 
 
 def test_completion_without_store_is_not_stored(client):

@@ -14,12 +14,11 @@ from starlette.requests import Request
 
 from serve.api.errors import APIError
 from serve.api.openapi import route_docs
-from serve.api.pagination import ItemsQuery, page_of, read_query
+from serve.api.pagination import ItemsQuery, page_of, paginate, read_query
 from serve.api.requests import Body, Metadata, read_json
 from serve.api.response_items import Items, to_items
 from serve.api.responses import ConversationDeleted, ConversationReply, ItemPage, ItemReply
-from serve.api.state import stored_of
-from serve.api.stored_responses import no_such_object
+from serve.api.state import state_of, stored_of
 from serve.jobs.store import new_id
 
 router = APIRouter(prefix="/v1")
@@ -53,7 +52,9 @@ async def create_conversation(request: Request) -> dict[str, Any]:
     stored, owner = stored_of(request)
     if not stored.is_enabled:
         raise APIError(400, "This server stores no conversations: it was started with --no-store.")
-    items = to_items(body.items, "items")
+    items = await asyncio.to_thread(
+        stored.resolve_references, to_items(body.items, "items"), owner, "items"
+    )
     conversation = {
         "id": new_id("conv_"),
         "object": "conversation",
@@ -104,8 +105,15 @@ async def delete_conversation(request: Request, conversation_id: str) -> dict[st
 async def list_items(request: Request, conversation_id: str) -> dict[str, Any]:
     """List the items of a conversation."""
     query = read_query(request, ItemsQuery)
-    items = await _items(request, conversation_id)
-    return page_of(items, query, newest_first=query.order == "desc")
+    await get_conversation(request, conversation_id)  # 404 for other keys
+    return await paginate(
+        state_of(request).store,
+        "conversation.item",
+        query,
+        lambda record: record["item"],
+        parent=conversation_id,
+        order=query.order,
+    )
 
 
 @router.post("/conversations/{conversation_id}/items", **route_docs(ItemPage, NewItems))
@@ -114,7 +122,9 @@ async def create_items(request: Request, conversation_id: str) -> dict[str, Any]
     body = await read_json(request, NewItems)
     stored, owner = stored_of(request)
     await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
-    items = to_items(body.items, "items")
+    items = await asyncio.to_thread(
+        stored.resolve_references, to_items(body.items, "items"), owner, "items"
+    )
     await asyncio.to_thread(stored.add_items, conversation_id, owner, items)
     return page_of(items, ItemsQuery(limit=MAX_ITEMS), newest_first=False)
 
@@ -122,10 +132,8 @@ async def create_items(request: Request, conversation_id: str) -> dict[str, Any]
 @router.get("/conversations/{conversation_id}/items/{item_id}", **route_docs(ItemReply))
 async def get_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
     """Return an item of a conversation."""
-    for item in await _items(request, conversation_id):
-        if item["id"] == item_id:
-            return item
-    raise no_such_object("conversation.item", item_id)
+    stored, owner = stored_of(request)
+    return await asyncio.to_thread(stored.conversation_item, conversation_id, item_id, owner)
 
 
 @router.delete("/conversations/{conversation_id}/items/{item_id}", **route_docs(ConversationReply))
@@ -135,9 +143,3 @@ async def delete_item(request: Request, conversation_id: str, item_id: str) -> d
     stored, owner = stored_of(request)
     await asyncio.to_thread(stored.delete, "conversation.item", item_id, owner)
     return await get_conversation(request, conversation_id)
-
-
-async def _items(request: Request, conversation_id: str) -> list[dict[str, Any]]:
-    stored, owner = stored_of(request)
-    await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
-    return await asyncio.to_thread(stored.items, conversation_id)

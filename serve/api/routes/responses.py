@@ -75,9 +75,11 @@ async def create_response(request: Request) -> Response:
             code="invalid_value",
         )
     history = await asyncio.to_thread(_history, stored, owner, body)
-    items = await asyncio.to_thread(_resolve_references, stored, owner, to_items(body.input))
+    items = await asyncio.to_thread(stored.resolve_references, to_items(body.input), owner, "input")
     generation, tools = await _generation(request, body, history, items)
     response = _response(body, generation, is_stored=is_stored)
+    for index, item in enumerate(items):  # with the id of the response, to find it by the item's
+        item["id"] = f"{item['id'].partition('_')[0]}_{response['id'].partition('_')[2]}in{index}"
     writer = ResponseWriter(response)
     events = _events(writer, generation, tools, namespaces(body.tools))
     if is_stored:
@@ -309,20 +311,6 @@ def _history(stored: ResponseStore, owner: str, body: InputTokensBody) -> list[d
     return [*record["input"], *record["response"]["output"]]
 
 
-def _resolve_references(
-    stored: ResponseStore, owner: str, items: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return items with copies of the stored items in the place of references to them."""
-    resolved = []
-    for index, item in enumerate(items):
-        if item["type"] == "item_reference":
-            found = stored.find_item(item["id"], owner, param=f"input[{index}].id")
-            # A conversation has each id once, also if it refers to its own items.
-            item = found | {"id": new_id(found["id"].partition("_")[0] + "_")}
-        resolved.append(item)
-    return resolved
-
-
 async def _generation(
     request: Request,
     body: InputTokensBody,
@@ -399,7 +387,7 @@ async def count_input_tokens(request: Request) -> dict[str, Any]:
     body = await read_json(request, InputTokensBody)
     stored, owner = stored_of(request)
     history = await asyncio.to_thread(_history, stored, owner, body)
-    items = await asyncio.to_thread(_resolve_references, stored, owner, to_items(body.input))
+    items = await asyncio.to_thread(stored.resolve_references, to_items(body.input), owner, "input")
     generation, _ = await _generation(request, body, history, items)
     return {"object": "response.input_tokens", "input_tokens": generation.usage.prompt_tokens}
 

@@ -62,7 +62,7 @@ async def store_completion(request: Request, body: ChatBody, completion: dict[st
     ]
     stored, owner = stored_of(request)
     record = {"completion": completion, "messages": messages}
-    await asyncio.to_thread(stored.add, KIND, completion["id"], owner, record)
+    await asyncio.to_thread(stored.add, KIND, completion["id"], owner, record, parent=owner)
 
 
 async def store_streamed(
@@ -137,6 +137,7 @@ async def list_completions(request: Request) -> dict[str, Any]:
         KIND,
         query,
         lambda record: record["completion"],
+        parent=owner,
         order=query.order,
         predicate=lambda record: stored.is_readable(record, owner) and is_selected(record),
     )
