@@ -69,7 +69,10 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
         settings: Keys, limits and the data folder.
         registry: The models to serve. The caller closes their engines.
     """
-    metrics = Metrics(registry)
+    store = Store(settings.home)
+    server_lock = ServerLock(settings.home)
+    batch_store = Batches(store, server_lock)
+    metrics = Metrics(registry, batch_store)
 
     def on_end(scope: Scope, status: int) -> None:
         metrics.request_ended(scope, status)
@@ -130,8 +133,6 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
             ),
         ],
     )
-    store = Store(settings.home)
-    server_lock = ServerLock(settings.home)
     jobs = JobStore(store, settings.home)
     state = ServerState(
         registry=registry,
@@ -144,7 +145,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
             max_bytes=settings.max_stored_bytes,
             max_days=settings.max_stored_days,
         ),
-        batches=Batches(store, server_lock),
+        batches=batch_store,
         jobs=jobs,
         job_runner=JobRunner(jobs),
         temp_files=TempFiles(settings.home / "pictures"),

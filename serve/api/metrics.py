@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from serve.api.request_context import context_of
+from serve.jobs.batches import FINISHED, UNFINISHED, Batches
 from serve.models.decoder import DecoderModel
 from serve.models.registry import Registry
 
@@ -38,12 +39,14 @@ class Metrics:
 
     Args:
         registry: The models, whose engines are read on each scrape.
+        batches: The batches, which are counted on each scrape.
     """
 
-    def __init__(self, registry: Registry):
+    def __init__(self, registry: Registry, batches: Batches):
         self._collectors = CollectorRegistry()
         ProcessCollector(registry=self._collectors)
         self._collectors.register(_EngineCollector(registry))
+        self._collectors.register(_BatchCollector(batches))
         route = ("method", "route", "status")
         self._requests = self._counter("requests", "Requests served.", route)
         self._request_seconds = self._histogram(
@@ -160,3 +163,22 @@ class _EngineCollector(Collector):
             for name, family in families.items():
                 family.add_metric([model.id], getattr(stats, name))
         return families.values()
+
+
+class _BatchCollector(Collector):
+    """The batches of the data folder."""
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the number of batches, and of their requests, by status."""
+        statuses, requests = self._batches.counts()
+        batches = GaugeMetricFamily("pellucid_batches", "Batches.", labels=["status"])
+        for status in (*UNFINISHED, *FINISHED):
+            batches.add_metric([status], statuses[status])
+        text = "Requests of batches: all, and those that were answered or failed."
+        lines = GaugeMetricFamily("pellucid_batch_requests", text, labels=["status"])
+        for status in ("total", "completed", "failed"):
+            lines.add_metric([status], requests[status])
+        return batches, lines

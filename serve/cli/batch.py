@@ -18,6 +18,7 @@ import typer
 from serve.cli import console
 from serve.cli.options import DEFAULT_HOST, ServerHost, ServerKey
 from serve.exceptions import CheckFailed, Failure, NotFound, WrongUsage
+from serve.jobs.batches import UNFINISHED
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from serve.cli.remote_backend import RemoteBackend
 
-UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 POLL_SECONDS = 0.5
 
 

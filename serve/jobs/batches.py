@@ -12,6 +12,7 @@ or cancelled (cancelling while lines still run).
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MAX_LINES = 50_000
 MAX_ERRORS = 100  # in the `errors` of a batch
 RUNNING = ("in_progress", "finalizing", "cancelling")
 UNFINISHED = ("validating", *RUNNING)
+FINISHED = ("completed", "failed", "expired", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,20 @@ class Batches:
     def __init__(self, store: Store, server: ServerLock):
         self._store, self._server = store, server
 
-    def create(self, owner: str, input_file_id: str, fields: Mapping[str, Any]) -> JsonObject:
+    def create(
+        self,
+        owner: str,
+        input_file_id: str,
+        fields: Mapping[str, Any],
+        output_seconds: int | None = None,
+    ) -> JsonObject:
         """Create a batch and return it in OpenAI's shape.
 
         Args:
             owner: the API key that it belongs to.
             input_file_id: the id of the file with the requests.
             fields: endpoint, completion_window and metadata.
+            output_seconds: the lifetime of its output files in seconds; None for no limit.
         """
         now = int(time.time())
         batch = {
@@ -85,7 +94,12 @@ class Batches:
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             **fields,
         }
-        record = {"owner": owner, "server": self._server.id, "batch": batch}
+        record = {
+            "owner": owner,
+            "server": self._server.id,
+            "output_seconds": output_seconds,
+            "batch": batch,
+        }
         self._store.add("batch", batch["id"], record)
         return batch
 
@@ -113,6 +127,14 @@ class Batches:
                     self._store.update("batch", batch["id"], server=self._server.id)
                     return batch
         return None
+
+    def counts(self) -> tuple[Counter[str], Counter[str]]:
+        """Return the number of all batches by status, and that of their requests by status."""
+        statuses, requests = Counter[str](), Counter[str]()
+        for record in self._store.page("batch")[0]:
+            statuses[record["batch"]["status"]] += 1
+            requests.update(record["batch"]["request_counts"])
+        return statuses, requests
 
     def set_status(self, id: str, status: str, **fields: Any) -> JsonObject:
         """Set the status of a batch and its time, and other fields; return the batch."""
@@ -220,6 +242,7 @@ class Batches:
         """
         batch = self.set_status(id, "finalizing") if status == "completed" else self.get(id)
         assert batch is not None
+        output_seconds = (self._store.get("batch", id) or {}).get("output_seconds")
         files: dict[str, str | None] = {}
         for name, is_error in (("output", False), ("error", True)):
             # The id is known in advance, so that a killed server leaves no second file.
@@ -241,7 +264,10 @@ class Batches:
                         blob.write(b"\n")
                 if blob.size:
                     filename = f"{id}_{name}.jsonl"
-                    blob.commit(file_record(file_id, filename, blob.size, "batch_output"))
+                    file = file_record(file_id, filename, blob.size, "batch_output")
+                    if output_seconds is not None:
+                        file["expires_at"] = file["created_at"] + output_seconds
+                    blob.commit(file)
             files[f"{name}_file_id"] = file_id if blob.size else None
         with self._store.transaction():
             self.set_status(id, status, **files)

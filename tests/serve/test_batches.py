@@ -3,8 +3,10 @@
 import json
 import time
 
+import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve import scripted
 from tests.serve.conftest import client as open_client
@@ -132,6 +134,36 @@ def test_other_endpoints_are_answered(client):
         assert batch.status == "completed", batch
         (answer,) = results(client, batch.output_file_id)
         assert answer["response"]["status_code"] == 200
+
+
+def test_output_expires_after_limits_the_output_file(client):
+    data = (json.dumps(line(0)) + "\n").encode()
+    file = client.files.create(file=("a.jsonl", data), purpose="batch")
+    fields = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"}
+    expiry = {"anchor": "created_at", "seconds": 3600}
+    batch = finish(client, client.batches.create(**fields, output_expires_after=expiry))
+    output = client.files.retrieve(batch.output_file_id)
+    assert output.expires_at == output.created_at + 3600
+    for wrong in ({"seconds": 1}, {"anchor": "completed_at"}):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.batches.create(**fields, output_expires_after=expiry | wrong)
+        assert error.value.param == f"output_expires_after.{next(iter(wrong))}"
+
+
+def test_metrics_count_batches_and_their_requests(client):
+    finish(client, create(client, [line(0), line(1, max_tokens=10_000), line(2)]))
+    finish(client, create(client, ["{}\n"]))
+    text = httpx.get(str(client.base_url).replace("/v1/", "/metrics")).text
+    samples = {
+        (sample.name, sample.labels["status"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("pellucid_batch")
+    }
+    assert samples["pellucid_batches", "completed"] == samples["pellucid_batches", "failed"] == 1
+    assert samples["pellucid_batches", "in_progress"] == 0
+    requests = [samples["pellucid_batch_requests", n] for n in ("total", "completed", "failed")]
+    assert requests == [3, 2, 1]
 
 
 def test_batches_are_listed_newest_first(client):

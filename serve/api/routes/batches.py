@@ -5,7 +5,7 @@ checked first; one error fails the batch. See `serve/api/batch_runner.py`.
 """
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -16,18 +16,11 @@ from serve.api.pagination import PageQuery, paginate, read_query
 from serve.api.request_context import context_of
 from serve.api.requests import Body, Metadata, read_json
 from serve.api.responses import BatchesReply, BatchReply
+from serve.api.routes.files import ExpiresAfter
 from serve.api.state import state_of
 from serve.api.stored_files import find_file
-from serve.api.unused_fields import UNUSED
 
 router = APIRouter(prefix="/v1")
-
-
-class OutputExpiresAfter(Body):
-    """The lifetime of the output files."""
-
-    anchor: str
-    seconds: int
 
 
 class BatchBody(Body):
@@ -37,7 +30,7 @@ class BatchBody(Body):
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
-    output_expires_after: Annotated[OutputExpiresAfter | None, UNUSED] = None
+    output_expires_after: ExpiresAfter | None = None
 
 
 @router.post("/batches", **route_docs(BatchReply, BatchBody))
@@ -56,7 +49,11 @@ async def create_batch(request: Request) -> dict[str, Any]:
         )
     fields = body.model_dump(include={"endpoint", "completion_window", "metadata"})
     batch = await asyncio.to_thread(
-        state.batches.create, context_of(request.scope).owner, body.input_file_id, fields
+        state.batches.create,
+        context_of(request.scope).owner,
+        body.input_file_id,
+        fields,
+        output_seconds=body.output_expires_after and body.output_expires_after.seconds,
     )
     state.batch_runner.start()
     return batch
