@@ -30,12 +30,15 @@ class ResponseWriter:
     Attributes:
         response: The response so far.
         parts: The parts so far, to make the same events again.
+        error: Why the response failed, if it did.
+        last_event: The last event, once there is one.
     """
 
     def __init__(self, response: dict[str, Any]):
         self.response = response
         self.parts: list[Part] = []
-        self.error: APIError | None = None  # why the response failed
+        self.error: APIError | None = None
+        self.last_event: Event | None = None
         self._sequence_number = 0
         self._suffix = response["id"].partition("_")[2]
 
@@ -123,9 +126,19 @@ class ResponseWriter:
         self.response["error"] = {"code": code, "message": message}
         return self._finish("failed")
 
-    def _finish(self, status: str) -> Event:
+    def cancel(self) -> Event:
+        """Return the last event of a response that was cancelled.
+
+        The API has no event type for it; clients end a stream at "response.incomplete".
+        """
+        return self._finish("cancelled", "incomplete")
+
+    def _finish(self, status: str, event_type: str | None = None) -> Event:
+        if self._open_type is not None:
+            self.response["output"][-1]["status"] = "incomplete"
         self.response["status"] = status
-        return self._state_event(status)
+        self.last_event = self._state_event(event_type or status)
+        return self.last_event
 
     # -- items ---------------------------------------------------------------------------------
 
@@ -216,3 +229,5 @@ def replay(response: dict[str, Any], parts: Iterable[Part]) -> Iterator[Event]:
         yield last | {"response": response}
     elif response["status"] == "failed":
         yield writer.fail(response["error"]["message"])
+    elif response["status"] == "cancelled":
+        yield writer.cancel()

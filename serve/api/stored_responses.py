@@ -12,7 +12,7 @@ the response has failed.
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,21 +36,30 @@ class BackgroundRun:
         events: Its events so far.
         changed: Notified after each event, and at the end.
         is_finished: Whether no event follows.
+        is_cancelled: Whether a client cancelled the response; at its end, a server cancels the
+            task, too.
     """
 
     task: asyncio.Task[None] | None = None
     events: list[Event] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     is_finished: bool = False
+    is_cancelled: bool = False
 
-    async def collect(self, events: AsyncGenerator[Event, None]) -> None:
-        """Compute the events."""
+    async def collect(
+        self, events: AsyncGenerator[Event, None], cancel: Callable[[], Event]
+    ) -> None:
+        """Compute the events; `cancel` returns the last event after a client has cancelled."""
         try:
             async with aclosing(events):
                 async for event in events:
+                    self.events.append(event)
                     async with self.changed:
-                        self.events.append(event)
                         self.changed.notify_all()
+        except asyncio.CancelledError:
+            if self.is_cancelled and (last := cancel()) not in self.events[-1:]:
+                self.events.append(last)
+            raise
         finally:
             self.is_finished = True
             async with self.changed:
@@ -203,6 +212,7 @@ class ResponseStore:
     async def stop(self, id: str) -> None:
         """Stop a response that is computed in the background, and wait until it has stopped."""
         if (run := self.running.get(id)) is not None and run.task is not None:
+            run.is_cancelled = True
             run.task.cancel()
             await asyncio.wait([run.task])
 

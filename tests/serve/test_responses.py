@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -158,11 +159,21 @@ def test_background_response_is_followed_and_read(ask, client):
     assert client.responses.retrieve(response.id).output_text == "Hi there."
 
 
-def test_background_response_is_cancelled(ask, client, model):
-    response = ask("x" * 1500, "slow", background=True)
+def test_background_response_is_cancelled(ask, client):
+    """Regression: the stream ended without a last event."""
+    response = ask("x" * 1500, "endless", background=True)
+    stream = client.responses.retrieve(response.id, stream=True)
+    events = [next(stream) for _ in range(8)]
     cancelled = client.responses.cancel(response.id)
-    assert cancelled.status in ("cancelled", "completed")
-    assert client.responses.retrieve(response.id).status == cancelled.status
+    events += stream
+    assert cancelled.status == "cancelled"
+    assert client.responses.retrieve(response.id) == cancelled
+    assert cancelled.output[0].status == "incomplete"
+    assert 0 < len(cancelled.output_text) < 1500
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert (events[-1].type, events[-1].response) == ("response.incomplete", cancelled)
+    assert list(client.responses.retrieve(response.id, stream=True)) == events
+    assert client.responses.cancel(response.id) == cancelled
     with pytest.raises(openai.BadRequestError):
         client.responses.cancel(ask().id)
 
@@ -366,6 +377,17 @@ def test_call_of_a_function_in_a_namespace_names_both(ask):
     ]
     ask("7.", items, tools=[namespace])
     assert ask.prompt.count("math__add") == 2
+
+
+def test_background_response_of_a_stopped_server_has_failed(model, tmp_path):
+    """Regression: it had the status "cancelled", though no client had cancelled it."""
+    model.engine.answer = "x" * 1500
+    serve = partial(scripted.serve_models, model, home=tmp_path)
+    with serve() as address, open_client(address, strict=True) as client:
+        id = client.responses.create(model="hermes", input="endless", background=True).id
+    with serve() as address, open_client(address, strict=True) as client:
+        response = client.responses.retrieve(id)
+        assert (response.status, response.error.code) == ("failed", "server_error")
 
 
 # --- what is stored ---------------------------------------------------------------------------

@@ -82,14 +82,22 @@ async def create_response(request: Request) -> Response:
         item["id"] = f"{item['id'].partition('_')[0]}_{response['id'].partition('_')[2]}in{index}"
     writer = ResponseWriter(response)
     events = _events(writer, generation, tools, namespaces(body.tools))
+    record = {"response": response, "input": [*history, *items], "parts": writer.parts}
     if is_stored:
-        record = {"response": response, "input": [*history, *items], "parts": writer.parts}
         if body.background:  # can be read before its end
             await asyncio.to_thread(stored.add, "response", response["id"], owner, record)
         events = _store_at_end(stored, owner, record, items, events)
     if body.background:
+
+        def cancel() -> Event:
+            if is_unfinished(response):
+                writer.cancel()
+                stored.update("response", response["id"], **record)
+            assert writer.last_event is not None
+            return writer.last_event
+
         run = stored.running[response["id"]] = BackgroundRun()
-        run.task = asyncio.create_task(run.collect(events))
+        run.task = asyncio.create_task(run.collect(events, cancel))
         run.task.add_done_callback(lambda _: stored.running.pop(response["id"], None))
         if body.stream:
             return await event_stream(request, run.follow(), named=True)
@@ -187,16 +195,11 @@ async def _store_at_end(
             new_items = [*items, *response["output"]]
             stored.add_items(response["conversation"]["id"], owner, new_items)
 
-    try:
-        async with aclosing(events):
-            async for event in events:
-                if response["status"] in ("completed", "incomplete", "failed"):
-                    await asyncio.to_thread(save)
-                yield event
-    finally:
-        if response["background"] and response["status"] in ("queued", "in_progress"):
-            response["status"] = "cancelled"
-            save()  # without await, because the task is being cancelled
+    async with aclosing(events):
+        async for event in events:
+            if not is_unfinished(response):
+                await asyncio.to_thread(save)
+            yield event
 
 
 async def _read_all(events: AsyncGenerator[Event, None]) -> None:
