@@ -10,6 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from serve.api.routes.chat import build_generation
 from tests.serve import scripted
 from tests.serve.conftest import client as open_client
 from tests.serve.test_tools import ADD, CALL_ADD, CALL_NOW, ENCODING
@@ -213,6 +214,32 @@ def test_truncation_auto_drops_the_oldest_turns(ask):
     assert "Stay." in ask.prompt
     assert f"3{long}" in ask.prompt
     assert f"0{long}" not in ask.prompt
+
+
+def test_truncation_drops_as_few_turns_as_possible_in_few_attempts(ask, monkeypatch):
+    """Regression: the conversation was rendered again for each dropped turn."""
+    attempts = []
+
+    def count(*arguments):
+        attempts.append(arguments)
+        return build_generation(*arguments)
+
+    monkeypatch.setattr("serve.api.routes.responses.build_generation", count)
+    for num_turns in (1, 2, 3, 63, 64, 65):
+        items = [{"role": "developer", "content": "Stay."}]
+        items += [{"role": "user", "content": f"<{n}>{'a' * 200}"} for n in range(num_turns)]
+        attempts.clear()
+        ask(input=items, truncation="auto")
+        kept = [n for n in range(num_turns) if f"<{n}>" in ask.prompt]
+        assert kept == [*range(num_turns)][-len(kept) :]
+        assert "Stay." in ask.prompt
+        assert len(attempts) <= 1 + num_turns.bit_length()
+        if len(kept) < num_turns:  # one more would not fit
+            with pytest.raises(openai.BadRequestError):
+                ask(input=[items[0], *items[-len(kept) - 1 :]])
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(input="a" * 3000, truncation="auto")
+    assert error.value.code == "context_length_exceeded"
 
 
 def test_input_tokens_equal_those_of_the_response(ask, client):

@@ -336,42 +336,49 @@ async def _generation(
             request, body.model, DecoderModel, needs_tools=tools is not None
         )
         start = [Message(role="system", content=body.instructions)] if body.instructions else []
-        while True:
-            chat.messages = start + to_messages([*history, *items], num_stored=len(history))
+
+        async def build(num_dropped: int) -> Generation:
+            kept = _drop_turns(history, items, num_dropped)
+            chat.messages = start + to_messages(*kept)
             if not chat.messages:
                 raise missing_parameter("input")
+            return await asyncio.to_thread(
+                build_generation, chat, tools, model, context_of(request.scope), RESPONSE_WORDING
+            )
+
+        # Drop as few of the oldest turns as possible: none, or else a binary search.
+        num_turns = len(_turns([*history, *items])) if body.truncation == "auto" else 1
+        generation, low, high, num_dropped = None, 0, max(1, num_turns), 0
+        while low < high:
             try:
-                generation = await asyncio.to_thread(
-                    build_generation,
-                    chat,
-                    tools,
-                    model,
-                    context_of(request.scope),
-                    RESPONSE_WORDING,
-                )
-                return generation, tools
+                generation, high = await build(num_dropped), num_dropped
             except APIError as error:
-                if body.truncation == "disabled" or error.code != "context_length_exceeded":
+                low = num_dropped + 1
+                nothing_fits = low == high and generation is None
+                if nothing_fits or error.code != "context_length_exceeded":
                     raise
-                history, items = _truncate(history, items, error)
+            num_dropped = (low + high) // 2
+        assert generation is not None
+        return generation, tools
 
 
-def _truncate(
-    history: list[dict[str, Any]], items: list[dict[str, Any]], error: APIError
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Drop the oldest turn of a conversation: the items before its second user message.
+def _turns(conversation: list[dict[str, Any]]) -> list[int]:
+    """Return the index of each user message; a turn ends before the next one."""
+    return [index for index, item in enumerate(conversation) if item.get("role") == "user"]
 
-    Raises:
-        APIError: `error`, if there is only one turn.
+
+def _drop_turns(
+    history: list[dict[str, Any]], items: list[dict[str, Any]], count: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Drop the oldest turns of a conversation; instructions stay.
+
+    Returns:
+        The other items, and the number of those that are not from this request.
     """
     conversation = [*history, *items]
-    turns = [index for index, item in enumerate(conversation) if item.get("role") == "user"]
-    if len(turns) < 2:
-        raise error
-    end = turns[1]
-    # Instructions in the conversation stay.
+    end = _turns(conversation)[count] if count else 0
     kept = [item for item in conversation[:end] if item.get("role") in ("system", "developer")]
-    return kept, conversation[end:]
+    return [*kept, *conversation[end:]], len(kept) + max(0, len(history) - end)
 
 
 # --- read, cancel, delete ---------------------------------------------------------------------
