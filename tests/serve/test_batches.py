@@ -136,6 +136,18 @@ def test_other_endpoints_are_answered(client):
         assert answer["response"]["status_code"] == 200
 
 
+def test_batch_belongs_to_a_key(model):
+    keys = ("first-key", "second-key")
+    with scripted.serve_models(model, api_keys=keys) as address:
+        first, second = (openai.OpenAI(base_url=f"{address}/v1", api_key=key) for key in keys)
+        batch = finish(first, create(first, [line(0)]))
+        assert [found.id for found in first.batches.list()] == [batch.id]
+        assert second.batches.list().data == []
+        for call in (second.batches.retrieve, second.batches.cancel):
+            with pytest.raises(openai.NotFoundError):
+                call(batch.id)
+
+
 def test_output_expires_after_limits_the_output_file(client):
     data = (json.dumps(line(0)) + "\n").encode()
     file = client.files.create(file=("a.jsonl", data), purpose="batch")

@@ -340,9 +340,24 @@ def test_stored_objects_belong_to_a_key(model):
         first, second = (openai.OpenAI(base_url=f"{address}/v1", api_key=key) for key in keys)
         response = first.responses.create(model="hermes", input="Hello?")
         assert first.responses.retrieve(response.id).id == response.id
-        for call in (second.responses.retrieve, second.responses.delete):
+        reads = second.responses
+        for call in (reads.retrieve, reads.delete, reads.cancel, reads.input_items.list):
             with pytest.raises(openai.NotFoundError):
                 call(response.id)
+        item = {"type": "item_reference", "id": response.output[0].id}
+        with pytest.raises(openai.NotFoundError):
+            second.responses.create(model="hermes", input=[item])
+        conversation = first.conversations.create(items=[item])
+        (copy,) = first.conversations.items.list(conversation.id)
+        for call in (second.conversations.retrieve, second.conversations.items.list):
+            with pytest.raises(openai.NotFoundError):
+                call(conversation.id)
+        with pytest.raises(openai.NotFoundError):
+            second.conversations.items.retrieve(copy.id, conversation_id=conversation.id)
+        messages = [{"role": "user", "content": "Hello?"}]
+        first.chat.completions.create(model="hermes", messages=messages, store=True)
+        assert len(first.chat.completions.list().data) == 1
+        assert second.chat.completions.list().data == []
         with pytest.raises(openai.BadRequestError):
             second.responses.create(model="hermes", input="And?", previous_response_id=response.id)
 

@@ -132,6 +132,7 @@ async def create_items(request: Request, conversation_id: str) -> dict[str, Any]
 @router.get("/conversations/{conversation_id}/items/{item_id}", **route_docs(ItemReply))
 async def get_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
     """Return an item of a conversation."""
+    await get_conversation(request, conversation_id)
     stored, owner = stored_of(request)
     return await asyncio.to_thread(stored.conversation_item, conversation_id, item_id, owner)
 
