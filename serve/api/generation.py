@@ -62,6 +62,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # those of `completion_tokens` that are reasoning
 
     def to_api(self) -> dict[str, Any]:
         """Return the `usage` object of a response."""
@@ -71,7 +72,7 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "audio_tokens": 0},
             "completion_tokens_details": {
-                "reasoning_tokens": 0,
+                "reasoning_tokens": self.reasoning_tokens,
                 "audio_tokens": 0,
                 "accepted_prediction_tokens": 0,
                 "rejected_prediction_tokens": 0,
@@ -159,7 +160,7 @@ class Generation:
         imitated = imitated_encoding(body.model, model.id, is_pattern=request_context.is_pattern)
         params = sampling_params(body, model, imitated, is_likelihood_scored=is_likelihood_scored)
         output_grammar = output_grammar or compile_output_grammar(body, model)
-        self.format_param, grammar = output_grammar or (None, None)
+        self.format_param = output_grammar[0] if output_grammar else None
         own_stop_ids = frozenset(
             native_token_ids(body.stop_token_ids, body.model, model, "stop_token_ids", imitated)
         )
@@ -167,7 +168,7 @@ class Generation:
         grammar = _limit_tokens(
             body,
             model,
-            grammar,
+            output_grammar,
             max_tokens=min(prompt.max_tokens for prompt in prompts),
             allowed_ids=native_token_ids(
                 body.allowed_token_ids, body.model, model, "allowed_token_ids", imitated
@@ -377,7 +378,7 @@ def _clip_top_logprobs(event: PromptLogprobs, count: int | None) -> PromptLogpro
 def _limit_tokens(
     body: GenerationBody,
     model: DecoderModel,
-    grammar: Grammar | None,
+    output_grammar: tuple[str, Grammar] | None,
     *,
     max_tokens: int,
     allowed_ids: Sequence[int],
@@ -389,7 +390,7 @@ def _limit_tokens(
     Args:
         body: The request.
         model: The model.
-        grammar: The grammar of the output format, if any.
+        output_grammar: As for `Generation`.
         max_tokens: Maximum number of tokens to generate.
         allowed_ids: The ids of `allowed_token_ids`; empty for all ids.
         stop_ids: All token ids that end a choice; they are not generated before `min_tokens`.
@@ -408,8 +409,12 @@ def _limit_tokens(
             f"{body.min_tokens} is more than the {max_tokens} tokens that can be generated. Lower "
             "'min_tokens', or raise the maximum.",
         )
+    param, grammar = output_grammar or (None, None)
     if allowed_ids and grammar is not None:
-        raise bad("allowed_token_ids", "the output already has a format. Leave one of the two out.")
+        raise bad(
+            "allowed_token_ids",
+            f"'{param}' already limits the output. Leave one of the two out.",
+        )
     n_vocab = model.tokenizer.encoding.n_vocab
     if body.ignore_eos:
         grammar = TokenLimits.create(

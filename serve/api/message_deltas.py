@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from serve.api.detokenize import FinishReason, TextDelta, TokenWithOffset
-from serve.api.generation import Choice
+from serve.api.generation import Choice, Usage
 from serve.api.tools import ToolSettings
 from serve.models.decoder import DecoderModel
 from serve.models.harmony import HarmonyParser, marker_ids
@@ -24,6 +24,9 @@ class DeltaReader:
         model: The model.
         is_streaming: Whether arguments are returned in pieces; see `ToolCallParser`.
         is_continued: Whether the text continues the last message of the request.
+
+    Attributes:
+        reasoning_tokens: Number of tokens of reasoning so far, without the markers of its messages.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class DeltaReader:
                 is_bare_allowed=not tools.has_answer_format,
                 is_streaming=is_streaming,
             )
+        self.reasoning_tokens = 0
         self._tokens: deque[TokenWithOffset] = deque()  # of text that the parser holds back
 
     def read(self, delta: TextDelta) -> Iterator[tuple[dict[str, Any], Sequence[TokenWithOffset]]]:
@@ -79,7 +83,9 @@ class DeltaReader:
                     yield {"content": text}, ()
                 case TextPart(text=text, offset=int(start)):
                     yield {"content": text}, self._tokens_between(start, start + len(text))
-                case ReasoningPart(text=text):
+                case ReasoningPart(text=text, offset=start):
+                    if start is not None:
+                        self.reasoning_tokens += len(self._tokens_between(start, start + len(text)))
                     yield {"reasoning_content": text}, ()
                 case CallPart():
                     yield self._call(part), ()
@@ -120,10 +126,14 @@ def read_message(
     choice: Choice,
     tools: ToolSettings | None,
     model: DecoderModel,
+    usage: Usage,
     *,
     is_continued: bool = False,
 ) -> tuple[dict[str, Any], list[TokenWithOffset], str]:
-    """Return the message of a finished choice, the tokens of its content, and its finish reason."""
+    """Return the message of a finished choice, the tokens of its content, and its finish reason.
+
+    The tokens of its reasoning are added to `usage`.
+    """
     assert choice.finish_reason is not None
     reader = DeltaReader(tools, model, is_streaming=False, is_continued=is_continued)
     text, reasoning, tokens, calls = "", "", [], []
@@ -134,6 +144,7 @@ def read_message(
         tokens += delta_tokens
         calls += delta.get("tool_calls", ())
         calls += [delta["function_call"]] if "function_call" in delta else ()
+    usage.reasoning_tokens += reader.reasoning_tokens
     message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
     if reasoning:
         message["reasoning_content"] = reasoning

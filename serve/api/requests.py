@@ -2,7 +2,7 @@
 
 The models follow OpenAI's specification and its bounds. Types are strict ("1" is not 1), and
 ``null`` counts as absent. Clients send many fields that do not apply to a local server
-(``reasoning_effort``, ``prompt_cache_key``): `unused_fields.py` says what becomes of them. Some
+(``verbosity``, ``prompt_cache_key``): `unused_fields.py` says what becomes of them. Some
 settings are extensions with the names of vLLM, transformers and llama.cpp: ``top_k``, ``min_p``,
 ``typical_p``, ``repetition_penalty``, ``min_tokens``, ``stop_token_ids``, ...
 
@@ -408,6 +408,9 @@ class Prediction(Body):
     content: Content
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class ChatBody(GenerationBody):
     """Body of POST /v1/chat/completions."""
 
@@ -458,6 +461,7 @@ class ChatBody(GenerationBody):
     ] = "auto"
     verbosity: Annotated[Literal["low", "medium", "high"] | None, UNUSED] = None
     reasoning_effort: Annotated[
-        Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None, UNUSED
+        ReasoningEffort | None,
+        Field(description="A variable of the chat template; models without it ignore the field."),
     ] = None
     prediction: Annotated[Prediction | None, UNUSED] = None

@@ -23,6 +23,7 @@ from serve.api.requests import (
     Message,
     Metadata,
     Name,
+    ReasoningEffort,
     ResponseFormat,
     Tool,
     ToolChoice,
@@ -89,7 +90,7 @@ class FlatToolChoice(Body):
 class ReasoningSettings(Body):
     """Settings of models that reason."""
 
-    effort: Annotated[str | None, UNUSED] = None
+    effort: ReasoningEffort | None = None
     summary: Annotated[str | None, UNUSED] = None
     generate_summary: Annotated[str | None, UNUSED] = None
 
@@ -204,6 +205,7 @@ def to_chat_body(body: InputTokensBody, messages: list[Message]) -> ChatBody:
         tools=list(_functions(body.tools, "tools")),
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
+        reasoning_effort=body.reasoning.effort,
     )
 
 
@@ -271,6 +273,7 @@ _PARAMS = (  # path in a chat request, path in a request for a response
     ("tool_choice.function", "tool_choice"),
     ("tool_choice.allowed_tools", "tool_choice"),
     ("messages", "input"),
+    ("reasoning_effort", "reasoning.effort"),
 )
 _FORMAT_PARAMS = (("response_format.json_schema", "text.format"),)  # if `text.format` is set
 

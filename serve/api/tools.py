@@ -120,7 +120,7 @@ def read_tools(body: ChatBody) -> ToolSettings | None:
         tuple(function for function in functions if function.name in allowed),
         is_required=mode == "required",
         max_calls=max_calls,
-        has_answer_format=body.response_format.type != "text",
+        has_answer_format=output_source(body) is not None,
     )
 
 
@@ -285,7 +285,7 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     A message of the role "function" gets the role "tool", and a `function_call` becomes a call.
 
     Raises:
-        APIError: 400 for content that is not text, and for results without a call.
+        APIError: 400 for content that is not text, and for results of a call id that no call has.
     """
     names: dict[str, str] = {}  # of the called functions, by the id of the call
     last_ids: dict[str, str] = {}  # the id of the last call, by the name of the function
@@ -306,28 +306,22 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             if (id := message.tool_call_id) is None:
                 raise missing_parameter(f"{path}.tool_call_id")
             if id not in names:
-                raise _no_call(f"{path}.tool_call_id", id)
+                raise _invalid(
+                    f"{path}.tool_call_id",
+                    f"Invalid '{path}.tool_call_id': no message before it has a call {id!r:.80}, "
+                    "to which this message would be the result.",
+                )
             rendered |= {"tool_call_id": id, "name": names[id]}
         elif message.role == "function":
             if message.name is None:
                 raise missing_parameter(f"{path}.name")
-            if message.name not in last_ids:
-                raise _no_call(f"{path}.name", message.name)
             rendered |= {
                 "role": "tool",
-                "tool_call_id": last_ids[message.name],
+                "tool_call_id": last_ids.get(message.name, f"call_{index}"),
                 "name": message.name,
             }
         result.append(rendered | ({"tool_calls": calls} if calls else {}))
     return result
-
-
-def _no_call(param: str, value: str) -> APIError:
-    return _invalid(
-        param,
-        f"Invalid '{param}': no message before it has a call {value!r:.80}, to which this message "
-        "would be the result.",
-    )
 
 
 def _template_calls(message: Message, path: str, index: int) -> list[dict[str, Any]]:
@@ -480,23 +474,35 @@ def _with_single_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
     It writes the name of the last call before a result, so each call is followed by its results. It
     refuses content beside the reasoning of a call, and renders either as reasoning.
+
+    Raises:
+        ValueError: the template would write a result as that of another call.
     """
     result: list[dict[str, Any]] = []
     placed: set[int] = set()  # indexes of results that follow their call
+    last_name: str | None = None  # of the last call
     for index, message in enumerate(messages):
         calls = message.get("tool_calls", ())
         if not calls and index not in placed:
+            if message["role"] == "tool" and message["name"] != last_name:
+                raise ValueError(
+                    f"the result of {message['name']!r:.80} does not follow its call, as the "
+                    "template of this model requires"
+                )
             result.append(message)
+        indexes: dict[str | None, list[int]] = {}  # of the results, by the id of the call
+        for at in range(index + 1, len(messages)) if calls else ():
+            if messages[at]["role"] == "assistant":
+                break
+            indexes.setdefault(messages[at].get("tool_call_id"), []).append(at)
         for number, call in enumerate(calls):
             texts = [message.get("reasoning_content"), message["content"]] if number == 0 else []
             text = "\n".join(filter(None, texts))
             result.append({"role": "assistant", "content": text, "tool_calls": [call]})
-            for at, later in enumerate(messages[index + 1 :], index + 1):
-                if later["role"] == "assistant":
-                    break
-                if later.get("tool_call_id") == call["id"] and at not in placed:
-                    placed.add(at)
-                    result.append(later)
+            last_name = call["function"]["name"]
+            for at in indexes.pop(call["id"], ()):
+                placed.add(at)
+                result.append(messages[at])
     return result
 
 

@@ -168,7 +168,7 @@ class HarmonyParser:
         else:
             self._state = "reasoning"
             if "reasoning" in self._begun:
-                yield ReasoningPart("\n")
+                yield ReasoningPart("\n", None)
 
     def _read_body(self, text: str, offset: int) -> Iterator[Part]:
         self._begun.add(self._state)
@@ -176,7 +176,7 @@ class HarmonyParser:
             case "text":
                 yield TextPart(text, offset)
             case "reasoning":
-                yield ReasoningPart(text)
+                yield ReasoningPart(text, offset)
             case "call" if not self._scanner.is_complete:
                 piece = text[: self._scanner.feed(text)]
                 self._arguments += piece

@@ -169,9 +169,10 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ReasoningPart:
-    """Generated text of the reasoning before an answer."""
+    """Generated text of the reasoning before an answer, and its offset as in `TextPart`."""
 
     text: str
+    offset: int | None
 
 
 @dataclass(frozen=True)

@@ -282,9 +282,84 @@ def test_continued_message_begins_in_the_final_channel(ask):
     assert accepts(ask.grammar, f" is 7.<|end|><|start|>assistant{CALL_ADD}")
 
 
-def test_reasoning_effort_is_a_variable_of_the_template(ask):
-    ask(FINAL, extra_body={"chat_template_kwargs": {"reasoning_effort": "low"}})
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"extra_body": {"chat_template_kwargs": {"reasoning_effort": "low"}}},
+        {"reasoning_effort": "low"},
+    ],
+)
+def test_reasoning_effort_is_a_variable_of_the_template(ask, fields):
+    ask(FINAL, **fields)
     assert "\nReasoning: low\n" in ask.prompt
+
+
+def test_response_with_reasoning_effort_has_it_in_the_prompt(client, model):
+    raw = client.responses.with_raw_response.create(
+        model="oss", input="3 + 4?", reasoning={"effort": "high"}
+    )
+    assert "\nReasoning: high\n" in ENCODING.decode(model.engine.requests[-1].prompt)
+    assert raw.parse().reasoning.effort == "high"
+    assert "x-pellucid-ignored" not in raw.headers
+
+
+@pytest.mark.parametrize("effort", ["none", "minimal", "xhigh"])
+def test_reasoning_effort_that_the_model_does_not_know_returns_400(ask, client, effort):
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(FINAL, reasoning_effort=effort)
+    assert (error.value.param, error.value.code) == ("reasoning_effort", "unsupported_value")
+    with pytest.raises(openai.BadRequestError) as error:
+        client.responses.create(model="oss", input="3 + 4?", reasoning={"effort": effort})
+    assert (error.value.param, error.value.code) == ("reasoning.effort", "unsupported_value")
+
+
+def test_usage_counts_the_tokens_of_reasoning(client, model):
+    """The vocabulary has a token for each byte, so the text has as many tokens as characters."""
+    model.engine.answer = THINK + THINK.replace("A sum.", "Of two.") + FINAL
+    fields = {"model": "oss", "messages": [USER]}
+    usage = client.chat.completions.create(**fields, n=2).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 2 * len("A sum.Of two.")
+    *_, last = client.chat.completions.create(
+        **fields, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage.completion_tokens_details.reasoning_tokens == len("A sum.Of two.")
+    usage = client.responses.create(model="oss", input="3 + 4?").usage
+    assert usage.output_tokens_details.reasoning_tokens == len("A sum.Of two.")
+
+
+def test_result_of_another_call_returns_400(ask):
+    """The template would write it as the result of the last call."""
+    call = {"name": "now", "arguments": "{}"}
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "add", "content": "7"},
+    ]
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(FINAL, messages=messages)
+    assert error.value.param == "messages"
+
+
+def test_many_calls_and_results_are_placed_in_linear_time():
+    """4,000 calls with results took 8 million comparisons."""
+    count, reads = 4000, 0
+
+    class Result(dict):
+        def get(self, *args):
+            nonlocal reads
+            reads += 1
+            return super().get(*args)
+
+    function = {"name": "now", "arguments": {}}
+    calls = [{"id": f"call_{i}", "function": function} for i in range(count)]
+    results = [
+        Result(role="tool", tool_call_id=f"call_{i}", name="now", content=f"{i}")
+        for i in reversed(range(count))
+    ]
+    assistant = {"role": "assistant", "content": "", "tool_calls": calls}
+    messages, _ = prompt_with_tools(TEMPLATE, HARMONY, [USER, assistant, *results], [])
+    assert [m["content"] for m in messages[2::2]] == [f"{i}" for i in range(count)]
+    assert reads <= 4 * count
 
 
 def test_functions_of_2023_return_function_call(ask):

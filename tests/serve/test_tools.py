@@ -239,10 +239,21 @@ def test_text_cut_at_max_tokens_keeps_its_white_space(ask):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_document_with_the_keys_of_a_call_is_content_if_the_answer_has_a_format(ask, stream):
-    """Regression: beside tools, such a document of `response_format` became a call."""
+@pytest.mark.parametrize(
+    "format",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"guided_json": {"type": "object"}}},
+        {"extra_body": {"structured_outputs": {"json_object": True}}},
+    ],
+)
+def test_document_with_the_keys_of_a_call_is_content_if_the_answer_has_a_format(
+    ask, format, stream
+):
+    """Regression: beside tools, such a document became a call."""
     document = '{"name": "now", "arguments": {}}'
-    fields = {"response_format": {"type": "json_object"}, "stream": stream}
+    fields = format | {"stream": stream}
+    assert ask(document, **format, tools=[]).message.content == document
     result = ask(document, **fields)
     messages = [chunk.choices[0].delta for chunk in result] if stream else [result.message]
     assert "".join(message.content or "" for message in messages) == document
@@ -311,6 +322,18 @@ def test_template_gets_tools_calls_and_results(ask):
     prompt = ask.prompt
     ask("7", messages=old)
     assert ask.prompt == prompt
+    ask("7", messages=[USER, old[-1]])  # OpenAI's schema does not ask for a call before it
+    assert "<|im_start|>tool\n7" in ask.prompt
+
+
+@pytest.mark.parametrize("param", ["tools", "response_format"])
+def test_allowed_token_ids_beside_another_limit_return_400_naming_it(ask, param):
+    fields = {"response_format": {"type": "json_object"}, "tools": []}
+    if param == "tools":
+        fields = {}
+    with pytest.raises(openai.BadRequestError) as error:
+        ask("", extra_body={"allowed_token_ids": [97]}, **fields)
+    assert error.value.param == "allowed_token_ids" and f"'{param}'" in error.value.message
 
 
 def test_template_without_tools_gets_them_in_the_system_message(ask):
@@ -535,8 +558,8 @@ RESULT = {"role": "tool", "content": "7", "tool_call_id": "call_9"}
         ("messages[1].tool_call_id", "invalid_value", {"messages": [USER, RESULT]}),
         (
             "messages[1].name",
-            "invalid_value",
-            {"messages": [USER, {"role": "function", "name": "f", "content": ""}]},
+            "missing_required_parameter",
+            {"messages": [USER, {"role": "function", "content": ""}]},
         ),
         (
             "messages[1].content",

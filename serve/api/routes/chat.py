@@ -23,7 +23,7 @@ from bpe import Encoding
 from bpe.chat import RESERVED_VARIABLES
 from serve.api.context_window import CHAT_WORDING, Wording, refuse_too_long, resolve_max_tokens
 from serve.api.detokenize import TokenWithOffset, clamp_logprob, token_text
-from serve.api.errors import APIError
+from serve.api.errors import APIError, unsupported
 from serve.api.generation import (
     Choice,
     Generation,
@@ -63,7 +63,7 @@ async def create_chat_completion(request: Request) -> Response:
         check_store(request)
     tools = read_tools(body)
     model = await get_loaded_model(request, body.model, DecoderModel, needs_tools=tools is not None)
-    _report_unused_variables(request, body, model)
+    report_unused_variables(request, body, model)
     context = context_of(request.scope)
     generation = await asyncio.to_thread(build_generation, body, tools, model, context)
     head = {
@@ -88,7 +88,7 @@ async def create_chat_completion(request: Request) -> Response:
     completion = {
         **head,
         "choices": [
-            _choice(index, choice, body, tools, model) for index, choice in enumerate(choices)
+            _choice(index, choice, body, tools, generation) for index, choice in enumerate(choices)
         ],
         "usage": generation.usage.to_api(),
         "metadata": body.metadata,
@@ -100,30 +100,77 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 def _choice(
-    index: int, choice: Choice, body: ChatBody, tools: ToolSettings | None, model: DecoderModel
+    index: int, choice: Choice, body: ChatBody, tools: ToolSettings | None, generation: Generation
 ) -> dict[str, Any]:
     """Return a finished choice in OpenAI's shape."""
     message, tokens, finish_reason = read_message(
-        choice, tools, model, is_continued=body.continue_final_message
+        choice,
+        tools,
+        generation.model,
+        generation.usage,
+        is_continued=body.continue_final_message,
     )
     return {
         "index": index,
         "message": message,
-        "logprobs": _logprobs(body, model.tokenizer.encoding, tokens),
+        "logprobs": _logprobs(body, generation.model.tokenizer.encoding, tokens),
         "finish_reason": finish_reason,
     }
 
 
-def _report_unused_variables(request: Request, body: ChatBody, model: DecoderModel) -> None:
+def report_unused_variables(
+    request: Request,
+    body: ChatBody,
+    model: DecoderModel,
+    effort_path: str = "reasoning_effort",
+) -> None:
+    """Report variables of the chat template that it does not read; see `unused_fields.py`.
+
+    Args:
+        request: The request.
+        body: Its body, as a chat request.
+        model: The model.
+        effort_path: The path of `reasoning_effort` in the request.
+
+    Raises:
+        APIError: 400 for an unused variable if the server is strict.
+    """
     template = model.tokenizer.chat_template
+    paths = {name: f"chat_template_kwargs.{path_part(name)}" for name in body.chat_template_kwargs}
+    if body.reasoning_effort is not None:
+        paths = {"reasoning_effort": effort_path} | paths
     report_unused(
         request,
         [
-            Unused(f"chat_template_kwargs.{path_part(name)}", is_declared=True)
-            for name in body.chat_template_kwargs
+            Unused(path, is_declared=True)
+            for name, path in paths.items()
             if template is not None and name not in template.variables
         ],
     )
+
+
+def _template_variables(body: ChatBody, model: DecoderModel) -> dict[str, Any]:
+    """Return the variables that a request sets for the chat template.
+
+    Raises:
+        APIError: 400 for an effort that the model was not trained on, or two that differ.
+    """
+    effort, variables = body.reasoning_effort, body.chat_template_kwargs
+    if effort is None:
+        return variables
+    if model.has_channels and effort not in ("low", "medium", "high"):
+        raise unsupported(
+            "reasoning_effort", effort, "Supported values are: 'low', 'medium' and 'high'."
+        )
+    if variables.get("reasoning_effort", effort) != effort:
+        raise APIError(
+            400,
+            "Invalid 'reasoning_effort': 'chat_template_kwargs' has another value of it. Send one "
+            "of them.",
+            param="reasoning_effort",
+            code="invalid_value",
+        )
+    return variables | {"reasoning_effort": effort}
 
 
 async def _chunks(
@@ -156,6 +203,7 @@ async def _chunks(
                 logprobs = _logprobs(body, encoding, tokens) if "content" in fields else None
                 yield chunk(index, fields, logprobs=logprobs)
             if delta.finish_reason:
+                generation.usage.reasoning_tokens += reader.reasoning_tokens
                 reason = reader.finish_reason(delta.finish_reason)
                 yield chunk(index, {}, finish_reason=reason)
     if include_usage:
@@ -210,7 +258,7 @@ def build_generation(
         functions=tools.functions if tools else (),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=body.continue_final_message,
-        variables=body.chat_template_kwargs,
+        variables=_template_variables(body, model),
     )
     max_tokens = resolve_max_tokens(
         wording,
@@ -276,7 +324,8 @@ def encode_chat(
     try:
         messages, tools = prompt_with_tools(template, model.tool_notation, messages, functions)
         # The rendered text is checked, because a template may drop or trim messages.
-        if sum(len(message["content"]) for message in messages) > model.context:
+        parts = [*messages, *(tools or ())]
+        if sum(len(str(value)) for part in parts for value in part.values()) > model.context:
             text = template.render(messages, tools=tools)
             refuse_too_long(wording, model.context, encoding, text)
         return template.encode(

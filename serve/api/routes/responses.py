@@ -45,7 +45,7 @@ from serve.api.responses import (
     ResponseEvent,
     ResponseReply,
 )
-from serve.api.routes.chat import build_generation, chat_logprobs
+from serve.api.routes.chat import build_generation, chat_logprobs, report_unused_variables
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model, stored_of
 from serve.api.stored_responses import BackgroundRun, ResponseStore, is_unfinished
@@ -137,6 +137,7 @@ async def _events(
                         for event in writer.write(part):
                             yield event
                 if delta.finish_reason:
+                    generation.usage.reasoning_tokens += reader.reasoning_tokens
                     reason = reader.finish_reason(delta.finish_reason)
                     for event in writer.end(reason, _usage(generation.usage)):
                         yield event
@@ -213,7 +214,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 
@@ -237,7 +238,7 @@ def _response(body: ResponseBody, generation: Generation, *, is_stored: bool) ->
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": body.reasoning.effort, "summary": None},
         "service_tier": "default",
         "store": is_stored,
         "temperature": params.temperature,
@@ -335,6 +336,7 @@ async def _generation(
         model = await get_loaded_model(
             request, body.model, DecoderModel, needs_tools=tools is not None
         )
+        report_unused_variables(request, chat, model, "reasoning.effort")
         start = [Message(role="system", content=body.instructions)] if body.instructions else []
 
         async def build(num_dropped: int) -> Generation:

@@ -61,7 +61,7 @@ async def create_edit(request: Request) -> Response:
             "created": int(time.time()),
             "choices": [
                 {
-                    "text": read_message(choice, None, model)[0]["content"],
+                    "text": read_message(choice, None, model, generation.usage)[0]["content"],
                     "index": index,
                     "logprobs": None,
                     "finish_reason": choice.finish_reason,
