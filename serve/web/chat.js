@@ -63,6 +63,8 @@ export function start({ model, report }) {
     const startTime = performance.now();
     let firstTime = null;
     let [text, count, reason] = ["", 0, ""];
+    const thoughts = h("div");
+    const reasoning = h("details", { class: "reasoning" }, h("summary", {}, "Reasoning"), thoughts);
     // Tokens are added to the page once per frame, so that each frame has one layout.
     let pendingNodes = [];
     let frame = 0;
@@ -81,13 +83,21 @@ export function start({ model, report }) {
         const choice = event.choices[0];
         if (!choice) continue;
         reason = choice.finish_reason ?? reason;
-        if (!choice.delta.content) continue;
+        const { content, reasoning_content: thought } = choice.delta;
+        if (!content && !thought) continue;
         if (firstTime === null) {
           firstTime = performance.now();
           clearTimeout(noticeTimer);
           notice.remove();
         }
-        text += choice.delta.content;
+        if (thought) {
+          const scrollToEnd = followEnd();
+          if (!reasoning.isConnected) messageText.before(reasoning);
+          thoughts.append(thought);
+          scrollToEnd();
+          continue;
+        }
+        text += content;
         for (const group of groupTokens(choice.logprobs.content)) {
           count += group.tokens.length;
           pendingNodes.push(strip.add(group.text, group.tokens));
@@ -105,7 +115,7 @@ export function start({ model, report }) {
     running = null;
     element.removeAttribute("aria-busy");
     const scrollToEnd = followEnd();
-    if (text) {
+    if (text || reasoning.isConnected) {
       turns.push({ role: "assistant", content: text });
       element.append(h("p", { class: "stats" }, stats(startTime, firstTime, count, reason)));
       $("answer-status").textContent = `Answer of ${count} tokens: ${text}`;

@@ -10,6 +10,9 @@ from serve.api import auth
 from serve.api.routes import pages
 from tests.serve import scripted
 from tests.serve.scripted import HELLO
+from tests.serve.test_harmony import ENCODING as HARMONY_ENCODING
+from tests.serve.test_harmony import FINAL, THINK
+from tests.serve.test_harmony import TEMPLATE as HARMONY_TEMPLATE
 
 pytestmark = pytest.mark.heavy
 
@@ -114,6 +117,22 @@ def test_answer_streams_and_tokens_show_probabilities(open_page):
     assert HELLO in page.text_content("#answer-status"), (
         "the screen reader gets the answer once, at the end"
     )
+
+
+@in_browser
+def test_reasoning_is_shown_in_a_section_that_opens(open_page, tmp_path):
+    model = scripted.model("oss", HARMONY_TEMPLATE.source, HARMONY_ENCODING)
+    model.engine.answer = THINK + FINAL
+    with scripted.serve_models(model, home=tmp_path) as address:
+        page = open_page(address)
+        ask(page, "3 + 4?")
+        assert page.text_content(".turn.assistant .message-text") == "It is 7."
+        assert not page.is_visible(".reasoning div")
+        page.click(".reasoning summary")
+        assert page.is_visible(".reasoning div")
+        model.engine.answer = THINK
+        ask(page, "And 5 + 6?")
+        assert page.locator(".reasoning").count() == 2
 
 
 @in_browser
