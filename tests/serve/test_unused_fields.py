@@ -69,6 +69,11 @@ def test_field_without_effect_is_named_in_ignored_header(http, fields, header):
     assert ignored(ask(http, **fields)) == header
 
 
+def test_effort_that_the_template_does_not_read_is_named_for_responses(http):
+    fields = {"model": "scripted", "input": "hi", "reasoning": {"effort": "low"}}
+    assert ignored(http.post("/v1/responses", json=fields)) == "reasoning.effort"
+
+
 def test_unknown_keys_of_messages_and_content_parts_are_named_by_path(http):
     """Agents send messages of this server's and other servers' responses back as input."""
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
