@@ -13,6 +13,8 @@ from tests.serve.conftest import client as open_client
 from tests.serve.tiny_data import TEMPLATE
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.heavy
+
 CHAT = "/v1/chat/completions"
 FINAL = ("completed", "failed", "expired", "cancelled")
 

@@ -10,6 +10,8 @@ from serve.models.token_limits import TokenLimits
 from tests.serve.scripted import END_OF_TEXT, IM_END
 from transformer.engine import GrammarMatcher
 
+pytestmark = pytest.mark.heavy
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 

@@ -23,6 +23,8 @@ from tests.serve import scripted
 from tests.serve.conftest import client as open_client
 from tests.serve.test_tools import ADD, NOW, USER, calls_of
 
+pytestmark = pytest.mark.heavy
+
 FOLDER = Path(__file__).parents[1] / "golden/harmony"
 GOLDEN = json.loads((FOLDER / "harmony.json").read_text(encoding="utf-8"))
 TEMPLATE = bpe.ChatTemplate((FOLDER / "gpt-oss.jinja").read_text(encoding="utf-8"))

@@ -16,6 +16,8 @@ from tests.serve.conftest import client as open_client
 from tests.serve.test_tools import ADD, CALL_ADD, CALL_NOW, ENCODING
 from tests.serve.tiny_data import TOOL_TEMPLATE
 
+pytestmark = pytest.mark.heavy
+
 FLAT_ADD = {"type": "function", "strict": False, **ADD["function"]}
 FLAT_NOW = {"type": "function", "name": "now", "parameters": None, "strict": False}
 

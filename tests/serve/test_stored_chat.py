@@ -12,6 +12,8 @@ from tests.serve.conftest import client as open_client
 from tests.serve.test_tools import ADD, CALL_ADD, ENCODING
 from tests.serve.tiny_data import TOOL_TEMPLATE
 
+pytestmark = pytest.mark.heavy
+
 USER = {"role": "user", "content": "Hello?"}
 
 

@@ -17,6 +17,8 @@ from serve.models import grammar
 from serve.models.grammar import GrammarCompiler, GrammarSource
 from tests.serve import scripted
 
+pytestmark = pytest.mark.heavy
+
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -17,6 +17,8 @@ from tests.serve.conftest import client as open_client
 from tests.serve.tiny_data import TEMPLATE, TOOL_TEMPLATE
 from transformer.engine import GrammarError
 
+pytestmark = pytest.mark.heavy
+
 LLAMA_TEMPLATE = (
     "{{ tools | tojson }}{% for message in messages %}{% if message.tool_calls %}"
     '{"name": "{{ message.tool_calls[0].function.name }}", "parameters": '

@@ -250,6 +250,7 @@ def test_form_fields_without_effect_are_named_in_ignored_header(http):
     assert refusal(response) == ("purpos", "unknown_parameter")
 
 
+@pytest.mark.heavy
 def test_strict_server_refuses_fields_without_effect(model):
     with scripted.serve_models(model, is_strict=True) as url, httpx.Client(base_url=url) as http:
         assert refusal(ask(http, num_ctx=1)) == ("num_ctx", "unknown_parameter")

@@ -9,6 +9,8 @@ from tests.serve import scripted
 from tests.serve.conftest import client as open_client
 from tests.serve.tiny_data import TEMPLATE
 
+pytestmark = pytest.mark.heavy
+
 DATA = bytes(range(256)) * 10
 
 
