@@ -39,6 +39,7 @@ from serve.api.routes import (
     images,
     manage_models,
     models,
+    moderations,
     pages,
     rerank,
     responses,
@@ -163,7 +164,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     )
     # Paths that contain an engine id match greedily, so longer paths are registered first.
     routes = (health, models, manage_models, chat, completions, edits, embeddings, rerank)
-    routes += (stored_chat, responses, conversations, decisions, audio, images)
+    routes += (moderations, stored_chat, responses, conversations, decisions, audio, images)
     routes += (files, uploads, batches, fine_tuning, fine_tunes)
     routes += (engines, tokens, pages)
     for route in routes:

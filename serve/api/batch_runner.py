@@ -22,6 +22,7 @@ from serve.api.request_context import RequestContext
 from serve.api.requests import ChatBody, CompletionBody
 from serve.api.response_requests import ResponseBody
 from serve.api.routes.embeddings import EmbeddingsBody
+from serve.api.routes.moderations import ModerationsBody
 from serve.exceptions import UnknownModel
 from serve.jobs.batches import Batches, InvalidLine, Line, result_of
 from serve.jobs.store import JsonObject
@@ -36,6 +37,7 @@ ENDPOINTS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/embeddings": EmbeddingsBody,
+    "/v1/moderations": ModerationsBody,
     "/v1/responses": ResponseBody,
 }
 

@@ -411,6 +411,26 @@ class Prediction(Body):
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
+class ModerationMode(Body):
+    """What happens to a text that is flagged: only its scores are reported."""
+
+    mode: Literal["score"]
+
+
+class ModerationPolicy(Body):
+    """What happens to flagged messages and answers."""
+
+    input: ModerationMode | None = None
+    output: ModerationMode | None = None
+
+
+class ModerationSettings(Body):
+    """The moderation of a chat's messages and answers."""
+
+    model: str
+    policy: ModerationPolicy | None = None
+
+
 class ChatBody(GenerationBody):
     """Body of POST /v1/chat/completions."""
 
@@ -449,6 +469,7 @@ class ChatBody(GenerationBody):
         | None
     ) = None
     metadata: Metadata | None = None
+    moderation: ModerationSettings | None = None
     store: bool = False
     safety_identifier: Annotated[str | None, Field(max_length=64), UNUSED] = None
     prompt_cache_key: Annotated[str | None, UNUSED] = None

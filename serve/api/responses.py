@@ -71,6 +71,7 @@ class Model(ResponseModel):
     max_model_len: Count | None
     dtype: str | None
     capabilities: list[str]
+    evaluation: dict[str, Any] | None = Field(description="Results on held-out data.")
     tools: Literal["trained", "prompted"] | None  # whether the chat template has tools
 
 
@@ -286,6 +287,7 @@ class ChatCompletion(ResponseModel):
     usage: UsageReply
     metadata: dict[str, str] | None
     prompt_logprobs: PromptLogprobs | None = None
+    moderation: "ChatModeration | None" = None
 
 
 class ChatCompletions(PageResponse[ChatCompletion]):
@@ -407,6 +409,7 @@ class ChatChunk(ResponseModel):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: UsageReply | None = None
+    moderation: "ChatModeration | None" = None
 
 
 class EditChoice(ResponseModel):
@@ -504,6 +507,56 @@ class Embeddings(ListResponse[Embedding]):
 
     model: str
     usage: EmbeddingsUsage
+
+
+# --- moderation -------------------------------------------------------------------------------
+
+
+class ModerationResult(ResponseModel):
+    """The scores of a text, by category. Those without an applied input type are not assessed."""
+
+    flagged: bool
+    categories: dict[str, bool]
+    category_scores: dict[str, float]
+    category_applied_input_types: dict[str, list[Literal["text"]]]
+
+
+class Moderations(ResponseModel):
+    """The response of POST /v1/moderations."""
+
+    id: str
+    model: str
+    results: list[ModerationResult]
+
+
+class ChatModerationResult(ModerationResult):
+    """The scores of the messages or of a choice of a chat."""
+
+    type: Literal["moderation_result"]
+    model: str
+
+
+class ChatModerationResults(ResponseModel):
+    """The results of the messages, or of the choices in their order."""
+
+    type: Literal["moderation_results"]
+    model: str
+    results: list[ChatModerationResult]
+
+
+class ChatModerationError(ResponseModel):
+    """Why there are no results."""
+
+    type: Literal["error"]
+    code: str
+    message: str
+
+
+class ChatModeration(ResponseModel):
+    """The results that a chat with the field `moderation` asks for."""
+
+    input: ChatModerationResults | ChatModerationError
+    output: ChatModerationResults | ChatModerationError
 
 
 # --- reranking --------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ OPENAI_ROUTES: Mapping[str, str] = {
     r"/realtime(/.*)?": "Use /v1/audio/transcriptions for speech and /v1/chat/completions for text",
     r"/audio/(speech|voices|voice_consents)(/.*)?": "No model of this server speaks",
     r"/videos(/.*)?": "No model of this server makes videos: use /v1/images/generations",
-    r"/moderations": "No model of this server moderates texts",
     r"/fine_tuning/jobs/[^/]+/(pause|resume)": "A job can be cancelled, and survives a restart",
     r"/fine_tuning/(alpha|checkpoints)(/.*)?": "Use /v1/fine_tuning/jobs",
     r"/evals(/.*)?": "Run an evaluation program, such as lm-evaluation-harness, on /v1/completions",

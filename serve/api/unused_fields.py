@@ -63,14 +63,13 @@ PROMISES: dict[str, dict[str, Promise]] = {
     "ChatBody": {
         "audio": Promise("The models generate text only."),
         "modalities": Promise("The models generate text only: use ['text'].", (["text"],)),
-        "moderation": Promise("This server has no moderation model."),
         "web_search_options": Promise("This server has no web search."),
     },
     "InputTokensBody": {
         "prompt": Promise("This server stores no prompts: send their text in 'instructions'."),
     },
     "ResponseBody": {
-        "moderation": Promise("This server has no moderation model."),
+        "moderation": Promise("Send the texts to /v1/moderations, or use a chat completion."),
     },
     "SystemOneBody": {
         "assets": Promise("The models read text only."),

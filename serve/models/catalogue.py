@@ -30,11 +30,13 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a folder name, so no sla
 _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Equal to the keys of `kinds.KINDS`, which imports JAX; a test compares them.
-KINDS = ("decoder", "encoder", "reranker", "speech", "images")
+KINDS = ("decoder", "encoder", "reranker", "moderation", "speech", "images")
+_WITH_ENCODER = ("moderation", "images")  # kinds with `has_encoder`
 SERVES: dict[str, tuple[str, ...]] = {  # by kind of model: the API tasks that it can serve
     "decoder": ("chat", "completions"),
     "encoder": ("embeddings",),
     "reranker": ("rerank",),
+    "moderation": ("moderations",),
     "speech": ("transcriptions", "translations"),
     "images": ("images",),
 }
@@ -201,10 +203,10 @@ def load(config: Path | None = None) -> Catalogue:
             raise CatalogueError(
                 f"{files[-1]}: models.{id}.encoder is {name!r}: use a model of kind 'encoder'"
             )
-        if bool(name) != (models[id].kind == "images"):
+        if bool(name) != (models[id].kind in _WITH_ENCODER):
             raise CatalogueError(
                 f"{files[-1]}: models.{id}.encoder is {name!r}, and kind is {models[id].kind!r}: "
-                "set 'encoder' for kind 'images', and for no other kind"
+                f"set 'encoder' for the kinds {' and '.join(_WITH_ENCODER)} only"
             )
         if name:
             models[id] = replace(models[id], encoder=models[name])

@@ -1,4 +1,4 @@
-"""The table of model kinds: decoder, encoder, reranker, speech and images.
+"""The table of model kinds: decoder, encoder, reranker, moderation, speech and images.
 
 A new kind needs a file in this package, an entry in `KINDS` here and in `catalogue.KINDS`, and a
 route that `serve/api/app.py` includes. `tests/serve/toy_kind.py` is a minimal example.
@@ -6,12 +6,19 @@ route that `serve/api/app.py` includes. `tests/serve/toy_kind.py` is a minimal e
 
 from pathlib import Path
 
-from serve.models import decoder, encoder, images, reranker, speech
+from serve.models import decoder, encoder, images, moderation, reranker, speech
 from serve.models.spec import Kind, ModelFiles
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
-    for kind in (decoder.KIND, encoder.KIND, reranker.KIND, speech.KIND, images.KIND)
+    for kind in (
+        decoder.KIND,
+        encoder.KIND,
+        reranker.KIND,
+        moderation.KIND,
+        speech.KIND,
+        images.KIND,
+    )
 }
 
 

@@ -29,7 +29,7 @@ class ModelFiles:
         publisher: the publisher, `owned_by` in the API.
         entry: its entry in the catalogue, if it has one.
         adapter: the folder of a fine-tuned model based on it, if that is served.
-        encoder: the folder of the text encoder of an image model.
+        encoder: the folder of the text encoder of an image or moderation model.
     """
 
     id: str
@@ -114,6 +114,7 @@ class ModelSpec:
         context: the maximum number of tokens, if it is known before loading.
         capabilities: the API tasks, as `serves` in `models.toml`; empty for all tasks of its kind.
         tools: how the model calls tools; None if it does not chat.
+        evaluation: results on held-out data, for the model's card.
     """
 
     id: str
@@ -129,6 +130,7 @@ class ModelSpec:
     context: int | None = None
     capabilities: tuple[str, ...] = ()
     tools: ToolSupport | None = None
+    evaluation: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,7 @@ class Kind:
             file cannot be read, and ValueError if a file is damaged or the options do not suit the
             model.
         example: returns an example request to a loaded model.
-        has_encoder: whether models of this kind need a model of kind "encoder" as text encoder.
+        has_encoder: whether models of this kind need a model of kind "encoder" for their texts.
     """
 
     name: str

@@ -12,4 +12,4 @@ def test_tables_have_each_effect():
     rows = compatibility.tables().splitlines()
     assert "| `temperature` | number, 0 to 2 | works |" in rows
     assert "| `user` | string | none; named in the header |" in rows
-    assert any(row.startswith("| `moderation` | null, false, empty | other values") for row in rows)
+    assert any(row.startswith("| `audio` | null, false, empty | other values") for row in rows)

@@ -157,7 +157,7 @@ def test_fields_without_effect_are_accepted(strict):
             "tools": None,
             "functions": [],
             "num_ctx": 4096,
-            "moderation": {},
+            "moderation": None,
             "thinking": {"a": [1]},
         },
     )

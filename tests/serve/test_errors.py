@@ -285,7 +285,6 @@ def test_wrong_base_url_is_404_that_names_the_right_path(http, path, right):
         ("POST", "/v1/videos"),
         ("POST", "/v1/evals"),
         ("GET", "/v1/containers"),
-        ("POST", "/v1/moderations"),
         ("POST", "/v1/fine_tuning/jobs/ftjob-1/pause"),
         ("POST", "/v1/engines/davinci/search"),
         ("GET", "/v1/organization/usage"),

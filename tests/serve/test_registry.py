@@ -132,9 +132,10 @@ CATALOGUE = catalogue.load()
         ("gpt-image-2 gpt-image-1-mini chatgpt-image-latest dall-e-4", "emoji-64"),
         ("whisper-2 gpt-5-transcribe gpt-4o-transcribe-diarize", "whisper-base"),
         ("text-embedding-4-small text-search-babbage-doc-001", "all-minilm-l6-v2"),
+        ("omni-moderation-latest text-moderation-stable", "minilm-moderation"),
         (
             "tts-1 tts-1-hd gpt-4o-mini-tts gpt-audio gpt-4o-audio-preview gpt-realtime "
-            "gpt-4o-realtime-preview omni-moderation-latest text-moderation-stable sora-2 "
+            "gpt-4o-realtime-preview sora-2 "
             "gpt-oss-20b claude-4 GPT-5 gpt- o opus gpt-neo o200k_base o1abc ft:gpt-4o:org::id "
             "org/gpt-5 gpt2",
             None,

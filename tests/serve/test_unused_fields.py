@@ -131,7 +131,6 @@ def test_field_without_effect_is_validated(http, fields, param, code):
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
-        (CHAT, {"moderation": {"model": "x"}}),
         (CHAT, {"web_search_options": {"search_context_size": "low"}}),
         (CHAT, {"audio": {"voice": "x", "format": "wav"}}),
         (CHAT, {"modalities": ["text", "audio"]}),

@@ -36,6 +36,7 @@ from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import ChatBody, FunctionDefinition, read_json, report_unused
 from serve.api.responses import ChatChunk, ChatCompletion
+from serve.api.routes.moderations import load_chat_moderator, moderate_chat, not_assessed
 from serve.api.routes.stored_chat import check_store, store_completion, store_streamed
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model
@@ -49,6 +50,7 @@ from serve.api.tools import (
 )
 from serve.api.unused_fields import Unused, path_part
 from serve.models.decoder import DecoderModel
+from serve.models.moderation import ModerationModel
 
 router = APIRouter(prefix="/v1")
 
@@ -62,6 +64,9 @@ async def create_chat_completion(request: Request) -> Response:
     if body.store:
         check_store(request)
     tools = read_tools(body)
+    moderator = None
+    if body.moderation is not None:
+        moderator = await load_chat_moderator(request, body.moderation)
     model = await get_loaded_model(request, body.model, DecoderModel, needs_tools=tools is not None)
     report_unused_variables(request, body, model)
     context = context_of(request.scope)
@@ -76,6 +81,8 @@ async def create_chat_completion(request: Request) -> Response:
     }
     if body.stream:
         chunks = _chunks(body, tools, generation, head)
+        if moderator is not None:
+            chunks = _moderated(request, moderator, body, chunks, head)
         if body.store:
             chunks = store_streamed(request, body, chunks)
         return await event_stream(request, chunks)
@@ -85,18 +92,51 @@ async def create_chat_completion(request: Request) -> Response:
         extra["prompt_logprobs"] = prompt_logprobs_to_api(
             model.tokenizer.encoding, generation.prompt_logprobs[0]
         )
+    replies = [
+        _choice(index, choice, body, tools, generation) for index, choice in enumerate(choices)
+    ]
+    if moderator is not None:
+        answers = [text_of(reply["message"]) for reply in replies]
+        prompt = "\n".join(map(text_of, template_messages(body.messages)))
+        extra["moderation"] = await moderate_chat(request, moderator, prompt, answers)
     completion = {
         **head,
-        "choices": [
-            _choice(index, choice, body, tools, generation) for index, choice in enumerate(choices)
-        ],
+        "choices": replies,
         "usage": generation.usage.to_api(),
         "metadata": body.metadata,
         **extra,
     }
     if body.store:
         await store_completion(request, body, completion)
-    return JSONResponse(completion)
+    return JSONResponse(completion, headers=not_assessed(moderator) if moderator else None)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """Return the text of a message: its content and the arguments of its calls."""
+    calls = (call["function"]["arguments"] for call in message.get("tool_calls") or ())
+    return "\n".join(str(text) for text in (message.get("content"), *calls) if text)
+
+
+async def _moderated(
+    request: Request,
+    model: ModerationModel,
+    body: ChatBody,
+    chunks: AsyncGenerator[dict[str, Any], None],
+    head: dict[str, Any],
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the chunks of a completion, and then one with the moderation of its texts."""
+    answers = [""] * (body.n or 1)
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for choice in chunk["choices"]:
+                delta = choice["delta"]
+                answers[choice["index"]] += delta.get("content") or ""
+                for call in delta.get("tool_calls") or ():
+                    answers[choice["index"]] += call["function"].get("arguments") or ""
+            yield chunk
+    prompt = "\n".join(map(text_of, template_messages(body.messages)))
+    moderation = await moderate_chat(request, model, prompt, answers)
+    yield {**head, "choices": [], "moderation": moderation}
 
 
 def _choice(

@@ -52,6 +52,7 @@ def model_to_api(model: LoadedModel | ModelSpec, spec: ModelSpec | None = None) 
         "max_model_len": window,
         "dtype": model.dtype if is_loaded else None,
         "tools": getattr(model, "tools", None),
+        "evaluation": spec.evaluation if spec else None,
         "capabilities": list((spec and spec.capabilities) or SERVES.get(model.kind, ())),
     }
 

@@ -1,0 +1,175 @@
+"""POST /v1/moderations with the real model, and the moderation of chats."""
+
+import numpy as np
+import openai
+import pytest
+
+from serve.api.routes.moderations import CATEGORIES as API_CATEGORIES
+from serve.api.routes.moderations import NOT_ASSESSED
+from serve.models import moderation
+from serve.models.catalogue import PACKAGES
+from tests.serve import scripted
+from tests.serve.conftest import client as open_client
+from training.recipes.moderation import (
+    CATEGORIES,
+    MIN_POSITIVES,
+    MIN_PRECISION,
+    MIN_RECALL,
+    NEVER_ASSESSED,
+    embed,
+    is_held_out,
+    read_sentences,
+    sigmoid,
+    train,
+)
+from transformer.checkpoint.safetensors import read_tensors
+
+pytestmark = pytest.mark.heavy
+WEIGHTS = PACKAGES / "training/weights/minilm-moderation"
+INSULT = "You are a worthless idiot and everybody hates you."
+HARMLESS = "How do I bake bread without yeast?"
+
+
+@pytest.fixture(scope="module")
+def model(model_file):
+    return moderation.load_moderation_model(
+        "moderator", WEIGHTS, model_file("all-minilm-l6-v2"), owned_by="test", dtype="float32"
+    )
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    with (
+        scripted.serve_models(scripted.model(), model) as url,
+        open_client(url, strict=True) as client,
+    ):
+        yield client
+
+
+def ask(client, **fields):
+    return client.moderations.create(model="moderator", **fields)
+
+
+def test_insult_is_flagged_and_question_is_not(client):
+    insult, question = ask(client, input=[INSULT, HARMLESS]).results
+    assert insult.flagged and insult.categories.harassment
+    assert not question.flagged and question.category_scores.harassment < 0.5
+
+
+def test_all_categories_are_present_and_the_not_assessed_ones_named(client, model):
+    reply = client.moderations.with_raw_response.create(model="moderator", input=INSULT)
+    result = reply.http_response.json()["results"][0]
+    for field in ("categories", "category_scores", "category_applied_input_types"):
+        assert set(result[field]) == set(API_CATEGORIES)
+    unassessed = reply.headers[NOT_ASSESSED].split(", ")
+    assert unassessed == [name for name in API_CATEGORIES if name not in model.thresholds]
+    for name in unassessed:
+        assert result["categories"][name] is False and result["category_scores"][name] == 0
+        assert result["category_applied_input_types"][name] == []
+
+
+def test_categories_about_minors_and_self_harm_are_never_assessed(model):
+    assert not set(NEVER_ASSESSED) & set(model.thresholds)
+    assert {"sexual/minors", "self-harm/instructions"} <= set(NEVER_ASSESSED)
+    assert API_CATEGORIES == CATEGORIES
+
+
+def test_parts_are_one_input(client):
+    parts = [{"type": "text", "text": text} for text in (HARMLESS, INSULT)]
+    assert [result.flagged for result in ask(client, input=parts).results] == [True]
+
+
+def test_end_of_a_long_text_counts(client):
+    (result,) = ask(client, input=f"{HARMLESS} " * 200 + INSULT).results
+    assert result.flagged
+
+
+def test_score_does_not_depend_on_other_inputs(client):
+    (alone,) = ask(client, input=INSULT).results
+    together = ask(client, input=[HARMLESS, INSULT, HARMLESS]).results[1]
+    assert together.category_scores.harassment == pytest.approx(
+        alone.category_scores.harassment, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": 3}, "input"),
+        ({"input": [1, 2]}, "input"),
+        ({"input": ["x"] * 10_000}, "input"),
+        ({"input": "word " * 400_000}, "input"),
+        ({"input": [{"type": "image_url", "image_url": {"url": "data:,"}}]}, "input[0].type"),
+        ({"input": [{"type": "sound"}]}, "input[0].type"),
+        ({}, "input"),
+    ],
+)
+def test_bad_input_is_refused_by_name(client, body, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.post("/moderations", body={"model": "moderator"} | body, cast_to=object)
+    assert error.value.param == param
+
+
+def test_chat_model_is_refused(client):
+    with pytest.raises(openai.NotFoundError):
+        client.moderations.create(model="scripted", input="x")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_has_the_moderation_of_messages_and_answers(client, stream):
+    request = {
+        "model": "scripted",
+        "messages": [{"role": "user", "content": INSULT}],
+        "max_tokens": 3,
+        "n": 2,
+        "moderation": {"model": "moderator", "policy": {"input": {"mode": "score"}}},
+    }
+    if stream:
+        *chunks, last = client.chat.completions.create(**request, stream=True)
+        assert last.choices == [] and all(chunk.moderation is None for chunk in chunks)
+    else:
+        last = client.chat.completions.create(**request)
+    assert [result.flagged for result in last.moderation.input.results] == [True]
+    assert len(last.moderation.output.results) == 2
+    assert last.moderation.input.results[0].model == "moderator"
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "param"),
+    [
+        ({"model": "nobody"}, 404, "moderation.model"),
+        ({"model": "scripted"}, 404, "moderation.model"),
+        ({"model": "moderator", "policy": {"output": {"mode": "block"}}}, 400, None),
+        ({}, 400, "moderation.model"),
+    ],
+)
+def test_chat_with_bad_moderation_is_refused(client, settings, status, param):
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "x"}]}
+    with pytest.raises(openai.APIStatusError) as error:
+        client.post("/chat/completions", body=body | {"moderation": settings}, cast_to=object)
+    assert error.value.status_code == status
+    assert error.value.param == (param or "moderation.policy.output.mode")
+
+
+def test_recipe_gives_the_weights_of_the_repository(model_file):
+    data = read_sentences()
+    vectors = embed(model_file("all-minilm-l6-v2"), data.texts)
+    tensors, config = train(vectors, data)
+    assert config == moderation.read_config(WEIGHTS)
+    for name, tensor in read_tensors(WEIGHTS / "model.safetensors").items():
+        np.testing.assert_allclose(tensors[name], tensor.read(0, tensor.shape[0]), atol=2e-2)
+
+
+def test_card_states_results_of_held_out_sentences():
+    data, held_out = read_sentences(), is_held_out(read_sentences())
+    assert not set(data.groups[held_out]) & set(data.groups[~held_out])
+    rows = moderation.read_config(WEIGHTS)["categories"]
+    for name, row in rows.items():
+        assert row["positives"] == data.labels[held_out, CATEGORIES.index(name)].sum()
+        is_good = row["precision"] >= MIN_PRECISION and row["recall"] >= MIN_RECALL
+        assert row["is_assessed"] == (is_good and row["positives"] >= MIN_POSITIVES)
+
+
+def test_sigmoid_of_large_values_does_not_overflow():
+    np.testing.assert_allclose(sigmoid(np.array([-1000.0, 0.0, 1000.0])), [0, 0.5, 1])
