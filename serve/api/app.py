@@ -64,7 +64,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     """Return the ASGI application.
 
     Set ``app.state.is_draining`` to refuse new requests while the running ones finish. At shutdown,
-    call ``app.state.job_runner.close()`` to stop fine-tuning.
+    call ``app.state.job_runner.close()`` to stop fine-tuning, and then ``app.state.store.close()``.
 
     Args:
         settings: Keys, limits and the data folder.

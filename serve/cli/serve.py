@@ -260,6 +260,6 @@ def _run(
         )
 
     app = create_app(server_settings, registry)
-    # Closing the job runner saves the running job, which the next server resumes.
-    with contextlib.closing(app.state.job_runner):
+    # Closing the job runner saves the running job, which the next server resumes; then its store.
+    with contextlib.closing(app.state.store), contextlib.closing(app.state.job_runner):
         return server.run(app, listener, log_format=log_format, on_ready=ready, on_stop=stopping)
