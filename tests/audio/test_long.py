@@ -61,7 +61,7 @@ def test_segments_of_ten_minutes_start_at_speech_without_drift(transcript, long)
             missed += 1  # the utterance is skipped, or mostly wrong
         else:
             errors.append(transcript.segments[segments[0]].start - utterance.start)
-    assert missed <= 2
+    assert missed <= 3  # 2 with AVX2, 3 with AMX, whose bfloat16 products round otherwise
     assert np.median(np.abs(errors)) < 0.3
     assert np.percentile(np.abs(errors), 95) < 1.0
     first, last = np.array_split(errors, 2)
