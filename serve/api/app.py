@@ -20,7 +20,7 @@ from serve.api import errors, logs, unused_fields
 from serve.api.auth import KeyRing
 from serve.api.batch_runner import BatchRunner
 from serve.api.body_limit import BodyLimit
-from serve.api.headers import ResponseHeaders
+from serve.api.headers import NOT_ASSESSED, ResponseHeaders
 from serve.api.metrics import Metrics
 from serve.api.middleware import LOCAL_ORIGINS, ApiKeys, HostAndOrigin
 from serve.api.openapi import openapi_schema, route_docs
@@ -117,7 +117,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
                 allow_headers=["*"],
                 expose_headers=[
                     *("x-request-id", "openai-processing-ms", "openai-model"),
-                    *(unused_fields.HEADER, *RATE_HEADERS),
+                    *(unused_fields.HEADER, NOT_ASSESSED, *RATE_HEADERS),
                 ],
             ),
             Middleware(ApiKeys, keys=keys),

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from serve.api.errors import as_api_error, from_validation
 from serve.api.request_context import RequestContext
@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 MAX_CONCURRENT_LINES = 8
 POLL_SECONDS = 5.0  # between two looks for batches of servers that have ended
 MAX_ATTEMPTS = 5  # of a request while the queue is full
-ENDPOINTS: dict[str, type[BaseModel]] = {
+AnyBody = ChatBody | CompletionBody | EmbeddingsBody | ModerationsBody | ResponseBody
+ENDPOINTS: dict[str, type[AnyBody]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/embeddings": EmbeddingsBody,
@@ -129,7 +130,7 @@ class BatchRunner:
 
         def check(body: JsonObject) -> None:
             try:
-                model_class.model_validate(body, strict=True)
+                model = model_class.model_validate(body, strict=True).model
             except ValidationError as error:
                 found = from_validation(error)
                 param = f"body.{found.param}" if found.param else "body"
@@ -140,7 +141,7 @@ class BatchRunner:
                 message = "A batch is in the background anyway."
                 raise InvalidLine("invalid_value", message, "body.background")
             try:
-                self._registry.resolve(body["model"])
+                self._registry.resolve(model)
             except UnknownModel as error:
                 raise InvalidLine("model_not_found", str(error), "body.model") from None
 

@@ -3,7 +3,8 @@
 This is the outermost middleware. It creates the `RequestContext` of each request and adds the
 headers that OpenAI's clients expect: ``x-request-id``, ``openai-processing-ms``,
 ``openai-version``, the client's ``openai-organization``, and ``openai-model``, the id of the model
-that answers. ``x-pellucid-ignored`` lists the request's fields without effect. An unhandled
+that answers. ``x-pellucid-ignored`` lists the request's fields without effect, and
+``x-pellucid-not-assessed`` the categories of which a moderation says nothing. An unhandled
 exception becomes a 500 error with these headers, which a handler outside this middleware could not
 add. The traceback goes only to the log, with the request's id.
 """
@@ -23,6 +24,7 @@ from serve.api.unused_fields import HEADER, header_value
 log = logging.getLogger(__name__)
 
 API_VERSION = "2020-10-01"
+NOT_ASSESSED = "x-pellucid-not-assessed"
 
 
 class ResponseHeaders:
@@ -69,6 +71,8 @@ class ResponseHeaders:
                     headers["openai-model"] = quote(context.model, safe="/:@+ ")
                 if context.unused_fields:
                     headers[HEADER] = header_value(context.unused_fields)
+                if context.not_assessed:
+                    headers[NOT_ASSESSED] = ", ".join(context.not_assessed)
                 if organization := request_headers.get("openai-organization"):
                     headers["openai-organization"] = organization
             await send(message)

@@ -28,6 +28,7 @@ class RequestContext:
         model: Id of the model.
         is_pattern: Whether the name of the model in the request matched a pattern of names.
         unused_fields: Fields of the request without effect; see `unused_fields.py`.
+        not_assessed: Categories that the moderation model does not assess.
         prompt_tokens: Number of tokens of all prompts.
         cached_tokens: Number of prompt tokens found in the prefix cache.
         generated_tokens: Number of generated tokens.
@@ -44,6 +45,7 @@ class RequestContext:
     model: str = ""
     is_pattern: bool = False
     unused_fields: list[Unused] = field(default_factory=list)
+    not_assessed: tuple[str, ...] = ()
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0

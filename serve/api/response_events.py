@@ -218,6 +218,8 @@ def replay(response: dict[str, Any], parts: Iterable[Part]) -> Iterator[Event]:
         "incomplete_details": None,
         "completed_at": None,
     }
+    if "moderation" in response:
+        started["moderation"] = None
     writer = ResponseWriter(copy.deepcopy(response) | started)
     yield from writer.begin()
     for part in parts:

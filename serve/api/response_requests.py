@@ -22,6 +22,7 @@ from serve.api.requests import (
     JSONSchemaFormat,
     Message,
     Metadata,
+    ModerationSettings,
     Name,
     ReasoningEffort,
     ResponseFormat,
@@ -153,6 +154,7 @@ class ResponseBody(InputTokensBody, GenerationBody):
     include: list[str] = []
     store: bool = True
     background: bool = False
+    moderation: ModerationSettings | None = None
     metadata: Metadata = {}
     safety_identifier: Annotated[str | None, Field(max_length=64), UNUSED] = None
     prompt_cache_key: Annotated[str | None, UNUSED] = None

@@ -68,9 +68,6 @@ PROMISES: dict[str, dict[str, Promise]] = {
     "InputTokensBody": {
         "prompt": Promise("This server stores no prompts: send their text in 'instructions'."),
     },
-    "ResponseBody": {
-        "moderation": Promise("Send the texts to /v1/moderations, or use a chat completion."),
-    },
     "SystemOneBody": {
         "assets": Promise("The models read text only."),
     },

@@ -106,7 +106,7 @@ def _check_other(path: Path, kind: Kind) -> dict[str, Any]:
 
     encoder, missing = path / "encoder", []
     if path.is_dir():
-        config = path / ("denoiser/config.json" if kind.has_encoder else "config.json")
+        config = path / ("denoiser/config.json" if kind.name == "images" else "config.json")
         family = str(read_json_object(config).get("model_type", "-"))
     else:
         family = str(gguf.read_metadata_head(path).get("general.architecture", "-"))

@@ -1,15 +1,18 @@
 """POST /v1/moderations with the real model, and the moderation of chats."""
 
+import json
+
 import numpy as np
 import openai
 import pytest
 
+from serve.api.headers import NOT_ASSESSED
 from serve.api.routes.moderations import CATEGORIES as API_CATEGORIES
-from serve.api.routes.moderations import NOT_ASSESSED
 from serve.models import moderation
 from serve.models.catalogue import PACKAGES
 from tests.serve import scripted
 from tests.serve.conftest import client as open_client
+from tests.waiting import wait_until
 from training.recipes.moderation import (
     CATEGORIES,
     MIN_POSITIVES,
@@ -173,3 +176,86 @@ def test_card_states_results_of_held_out_sentences():
 
 def test_sigmoid_of_large_values_does_not_overflow():
     np.testing.assert_allclose(sigmoid(np.array([-1000.0, 0.0, 1000.0])), [0, 0.5, 1])
+
+
+@pytest.mark.parametrize("route", ["chat", "responses"])
+def test_stream_with_moderation_has_the_header(client, route):
+    text = {"input": INSULT} if route == "responses" else {"messages": [user(INSULT)]}
+    resource = client.responses if route == "responses" else client.chat.completions
+    fields = {"model": "scripted", "moderation": {"model": "moderator"}, "stream": True}
+    reply = resource.with_raw_response.create(**fields, **text)
+    assert "sexual/minors" in reply.headers[NOT_ASSESSED].split(", ")
+
+
+def test_stored_stream_keeps_its_moderation(client):
+    *_, last = client.chat.completions.create(
+        model="scripted",
+        messages=[user(INSULT)],
+        moderation={"model": "moderator"},
+        stream=True,
+        store=True,
+    )
+    stored = client.chat.completions.retrieve(last.id)
+    assert stored.moderation is not None
+    assert stored.moderation.to_dict() == last.moderation.to_dict()
+
+
+def test_response_has_the_moderation_of_input_and_output(client):
+    moderation = {"model": "moderator"}
+    response = client.responses.create(model="scripted", input=INSULT, moderation=moderation)
+    assert response.moderation.input.type == "moderation_result"
+    assert response.moderation.input.flagged and response.moderation.input.model == "moderator"
+    assert not response.moderation.output.flagged
+    assert client.responses.retrieve(response.id).moderation == response.moderation
+    # The messages before are part of the input.
+    following = client.responses.create(
+        model="scripted", input=HARMLESS, previous_response_id=response.id, moderation=moderation
+    )
+    assert following.moderation.input.flagged
+
+
+def test_streamed_response_has_moderation_in_its_last_event(client):
+    *events, last = client.responses.create(
+        model="scripted", input=INSULT, moderation={"model": "moderator"}, stream=True
+    )
+    assert events[0].response.moderation is None and last.response.moderation.input.flagged
+    again = client.responses.retrieve(last.response.id, stream=True)
+    assert [event.to_dict() for event in again] == [e.to_dict() for e in [*events, last]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "param"),
+    [
+        ({"model": "scripted"}, 404, "moderation.model"),
+        ({"model": "moderator", "policy": {"input": {"mode": "block"}}}, 400, "input.mode"),
+    ],
+)
+def test_response_with_bad_moderation_is_refused(client, settings, status, param):
+    body = {"model": "scripted", "input": "x", "moderation": settings}
+    with pytest.raises(openai.APIStatusError) as error:
+        client.post("/responses", body=body, cast_to=object)
+    assert error.value.status_code == status and error.value.param.endswith(param)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [({"model": "moderator"}, "completed"), ({}, "failed")]
+)
+def test_batch_of_moderations_is_answered_or_names_the_model(client, body, status):
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/moderations"}
+    data = json.dumps(line | {"body": {"input": INSULT, **body}}).encode()
+    file = client.files.create(file=("lines.jsonl", data), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/moderations", completion_window="24h"
+    )
+    wait_until(lambda: client.batches.retrieve(batch.id).status in ("completed", "failed"))
+    batch = client.batches.retrieve(batch.id)
+    assert batch.status == status
+    if status == "failed":  # the default model is not on this server
+        assert [error.code for error in batch.errors.data] == ["model_not_found"]
+    else:
+        answer = json.loads(client.files.content(batch.output_file_id).text)
+        assert answer["response"]["body"]["results"][0]["flagged"]
+
+
+def user(text):
+    return {"role": "user", "content": text}

@@ -36,7 +36,7 @@ from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import ChatBody, FunctionDefinition, read_json, report_unused
 from serve.api.responses import ChatChunk, ChatCompletion
-from serve.api.routes.moderations import load_chat_moderator, moderate_chat, not_assessed
+from serve.api.routes.moderations import load_moderator, moderate_chat
 from serve.api.routes.stored_chat import check_store, store_completion, store_streamed
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model
@@ -64,9 +64,7 @@ async def create_chat_completion(request: Request) -> Response:
     if body.store:
         check_store(request)
     tools = read_tools(body)
-    moderator = None
-    if body.moderation is not None:
-        moderator = await load_chat_moderator(request, body.moderation)
+    moderator = await load_moderator(request, body.moderation)
     model = await get_loaded_model(request, body.model, DecoderModel, needs_tools=tools is not None)
     report_unused_variables(request, body, model)
     context = context_of(request.scope)
@@ -108,7 +106,7 @@ async def create_chat_completion(request: Request) -> Response:
     }
     if body.store:
         await store_completion(request, body, completion)
-    return JSONResponse(completion, headers=not_assessed(moderator) if moderator else None)
+    return JSONResponse(completion)
 
 
 def text_of(message: Mapping[str, Any]) -> str:

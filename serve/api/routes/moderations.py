@@ -1,4 +1,4 @@
-"""POST /v1/moderations, and the field `moderation` of chats.
+"""POST /v1/moderations, and the field `moderation` of chats and responses.
 
 The categories are OpenAI's. The model assesses some of them; the others are false with the score 0,
 no input type applies to them, and the header `x-pellucid-not-assessed` lists them. The card of the
@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, cast
 from fastapi import APIRouter
 from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 from serve.api.errors import APIError, as_api_error
 from serve.api.openapi import route_docs
@@ -29,7 +28,6 @@ from transformer.engine.requests import Busy
 
 router = APIRouter(prefix="/v1")
 
-NOT_ASSESSED = "x-pellucid-not-assessed"
 CATEGORIES = (
     *("harassment", "harassment/threatening", "hate", "hate/threatening", "illicit"),
     *("illicit/violent", "self-harm", "self-harm/intent", "self-harm/instructions", "sexual"),
@@ -67,10 +65,10 @@ class ModerationsBody(Body):
 
 
 @router.post("/moderations", **route_docs(Moderations, ModerationsBody))
-async def create_moderation(request: Request) -> Response:
+async def create_moderation(request: Request) -> dict[str, Any]:
     """Score texts in the categories of harmful content."""
     body = await read_json(request, ModerationsBody)
-    model = await get_loaded_model(request, body.model, ModerationModel)
+    model = await _load(request, body.model)
     if isinstance(body.input, str):
         texts = [body.input]
     elif isinstance(body.input[0], str):
@@ -78,8 +76,15 @@ async def create_moderation(request: Request) -> Response:
     else:
         texts = [_join(cast("list[ModerationPart]", body.input))]
     results = await cancel_on_disconnect(request.receive, moderate(request, model, texts))
-    reply = {"id": f"modr-{uuid.uuid4().hex}", "model": model.id, "results": results}
-    return JSONResponse(reply, headers=not_assessed(model))
+    return {"id": f"modr-{uuid.uuid4().hex}", "model": model.id, "results": results}
+
+
+async def _load(request: Request, name: str) -> ModerationModel:
+    """Return a model, and list in a header of the response what it does not assess."""
+    model = await get_loaded_model(request, name, ModerationModel)
+    context = context_of(request.scope)
+    context.not_assessed = tuple(name for name in CATEGORIES if name not in model.thresholds)
+    return model
 
 
 def _join(parts: Sequence[ModerationPart]) -> str:
@@ -134,21 +139,20 @@ def _result(model: ModerationModel, scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def not_assessed(model: ModerationModel) -> dict[str, str]:
-    """Return the header that lists the categories of which the model says nothing."""
-    return {NOT_ASSESSED: ", ".join(name for name in CATEGORIES if name not in model.thresholds)}
+# --- chats and responses ----------------------------------------------------------------------
 
 
-# --- chats ------------------------------------------------------------------------------------
-
-
-async def load_chat_moderator(request: Request, settings: ModerationSettings) -> ModerationModel:
-    """Return the moderation model that a chat names.
+async def load_moderator(
+    request: Request, settings: ModerationSettings | None
+) -> ModerationModel | None:
+    """Return the moderation model that a chat or response names; None if it names none.
 
     Raises:
         APIError: 404 if there is no such model.
         CannotLoad: The model cannot be loaded now.
     """
+    if settings is None:
+        return None
     registry = state_of(request).registry
     try:
         is_moderator = registry.resolve(settings.model).kind == ModerationModel.kind
@@ -162,7 +166,7 @@ async def load_chat_moderator(request: Request, settings: ModerationSettings) ->
             param="moderation.model",
             code="model_not_found",
         )
-    return await get_loaded_model(request, settings.model, ModerationModel)
+    return await _load(request, settings.model)
 
 
 async def moderate_chat(
@@ -176,17 +180,29 @@ async def moderate_chat(
         prompt: The texts of the messages; they have one result together.
         answers: The text of each choice.
     """
+    first, *rest = await _moderate_finished(request, model, [prompt, *answers])
+    if first["type"] == "error":
+        return {"input": first, "output": first}
+    head = {"type": "moderation_results", "model": model.id}
+    return {"input": {**head, "results": [first]}, "output": {**head, "results": rest}}
+
+
+async def moderate_response(
+    request: Request, model: ModerationModel, prompt: str, answer: str
+) -> dict[str, Any]:
+    """Return the field `moderation` of a response, which has one result for its output."""
+    results = await _moderate_finished(request, model, [prompt, answer])
+    return dict(zip(("input", "output"), results, strict=True))
+
+
+async def _moderate_finished(
+    request: Request, model: ModerationModel, texts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the result of each text, or an error for each: a finished answer is not lost."""
     try:
-        results = [
-            {"type": "moderation_result", "model": model.id, **result}
-            for result in await moderate(request, model, [prompt, *answers])
-        ]
-    except (APIError, Busy) as error:  # the answer is complete, and must not be lost
+        results = await moderate(request, model, texts)
+    except (APIError, Busy) as error:
         reason = as_api_error(error)
         fields = {"type": "error", "code": reason.code or reason.type, "message": reason.message}
-        return {"input": fields, "output": fields}
-    head = {"type": "moderation_results", "model": model.id}
-    return {
-        "input": {**head, "results": results[:1]},
-        "output": {**head, "results": results[1:]},
-    }
+        return [fields] * len(texts)
+    return [{"type": "moderation_result", "model": model.id, **result} for result in results]

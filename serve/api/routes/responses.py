@@ -10,8 +10,9 @@ Left out: tools that OpenAI's servers run, such as web search, and prompts that 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -45,11 +46,17 @@ from serve.api.responses import (
     ResponseEvent,
     ResponseReply,
 )
-from serve.api.routes.chat import build_generation, chat_logprobs, report_unused_variables
+from serve.api.routes.chat import (
+    build_generation,
+    chat_logprobs,
+    report_unused_variables,
+    text_of,
+)
+from serve.api.routes.moderations import load_moderator, moderate_response
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model, stored_of
 from serve.api.stored_responses import BackgroundRun, ResponseStore, is_unfinished
-from serve.api.tools import ToolSettings, read_tools
+from serve.api.tools import ToolSettings, read_tools, template_messages
 from serve.api.unused_fields import Unused
 from serve.jobs.store import new_id
 from serve.models.decoder import DecoderModel
@@ -76,12 +83,19 @@ async def create_response(request: Request) -> Response:
         )
     history = await asyncio.to_thread(_history, stored, owner, body)
     items = await asyncio.to_thread(stored.resolve_references, to_items(body.input), owner, "input")
+    moderator = await load_moderator(request, body.moderation)
     generation, tools = await _generation(request, body, history, items)
     response = _response(body, generation, is_stored=is_stored)
     for index, item in enumerate(items):  # with the id of the response, to find it by the item's
         item["id"] = f"{item['id'].partition('_')[0]}_{response['id'].partition('_')[2]}in{index}"
     writer = ResponseWriter(response)
-    events = _events(writer, generation, tools, namespaces(body.tools))
+    moderation = None
+    if moderator is not None:
+        response["moderation"] = None
+        messages = _messages(body, [*history, *items], len(history))
+        prompt = "\n".join(map(text_of, template_messages(messages)))
+        moderation = partial(moderate_response, request, moderator, prompt)
+    events = _events(writer, generation, tools, namespaces(body.tools), moderation)
     record = {"response": response, "input": [*history, *items], "parts": writer.parts}
     if is_stored:
         if body.background:  # can be read before its end
@@ -115,6 +129,7 @@ async def _events(
     generation: Generation,
     tools: ToolSettings | None,
     qualified_names: Mapping[str, tuple[str, str]],
+    moderation: Callable[[str], Awaitable[dict[str, Any]]] | None,
 ) -> AsyncGenerator[Event, None]:
     """Yield the events of a response. An error after the first token is an event, too."""
     reader = DeltaReader(tools, generation.model)
@@ -139,6 +154,9 @@ async def _events(
                 if delta.finish_reason:
                     generation.usage.reasoning_tokens += reader.reasoning_tokens
                     reason = reader.finish_reason(delta.finish_reason)
+                    if moderation is not None:
+                        text = _output_text(writer.response["output"])
+                        writer.response["moderation"] = await moderation(text)
                     for event in writer.end(reason, _usage(generation.usage)):
                         yield event
     except Exception as error:
@@ -201,6 +219,15 @@ async def _store_at_end(
             if not is_unfinished(response):
                 await asyncio.to_thread(save)
             yield event
+
+
+def _output_text(output: list[dict[str, Any]]) -> str:
+    """Return the text of a response: its messages, and the arguments of its calls."""
+    texts = [item["arguments"] for item in output if item["type"] == "function_call"]
+    for item in output:
+        if item["type"] == "message":
+            texts += [part["text"] for part in item["content"]]
+    return "\n".join(texts)
 
 
 async def _read_all(events: AsyncGenerator[Event, None]) -> None:
@@ -337,11 +364,10 @@ async def _generation(
             request, body.model, DecoderModel, needs_tools=tools is not None
         )
         report_unused_variables(request, chat, model, "reasoning.effort")
-        start = [Message(role="system", content=body.instructions)] if body.instructions else []
 
         async def build(num_dropped: int) -> Generation:
             kept = _drop_turns(history, items, num_dropped)
-            chat.messages = start + to_messages(*kept)
+            chat.messages = _messages(body, *kept)
             if not chat.messages:
                 raise missing_parameter("input")
             return await asyncio.to_thread(
@@ -362,6 +388,13 @@ async def _generation(
             num_dropped = (low + high) // 2
         assert generation is not None
         return generation, tools
+
+
+def _messages(
+    body: InputTokensBody, conversation: list[dict[str, Any]], num_stored: int
+) -> list[Message]:
+    start = [Message(role="system", content=body.instructions)] if body.instructions else []
+    return start + to_messages(conversation, num_stored)
 
 
 def _turns(conversation: list[dict[str, Any]]) -> list[int]:

@@ -82,6 +82,8 @@ async def store_streamed(
             for choice in chunk["choices"]:
                 _add_delta(choices, choice)
             completion["usage"] = chunk.get("usage")
+            if "moderation" in chunk:
+                completion["moderation"] = chunk["moderation"]
             yield chunk
     completion["choices"] = [choices[index] for index in sorted(choices)]
     await store_completion(request, body, completion)
