@@ -193,7 +193,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         stamp=functools.partial(stamp_of, path, encoder),
         kind=ModerationModel.kind,
         context=embedder.context,
-        evaluation={key: config[key] for key in ("held_out_sentences", "categories")},
+        evaluation={key: value for key, value in config.items() if key != "model_type"},
     )
 
 
