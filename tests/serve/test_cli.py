@@ -199,6 +199,7 @@ def test_models_lists_the_catalogue(empty: dict[str, str]) -> None:
         "whisper-tiny.en",
         "whisper-base",
         "emoji-64",
+        "minilm-moderation",
     ]
     assert "gpt-4o-mini" in listed["models"][0]["aliases"]
     table = run("models", **empty).stdout

@@ -183,7 +183,7 @@ def train(vectors: np.ndarray, data: Dataset) -> tuple[dict[str, np.ndarray], di
     held_out = is_held_out(data)
     results, weights, biases = {}, [], []
     is_harmless = ~data.labels[held_out].any(1)
-    is_flagged = np.zeros(len(is_harmless), bool)
+    is_flagged = np.zeros(int(held_out.sum()), bool)
     for index, category in enumerate(CATEGORIES):
         labels = data.labels[:, index]
         if category in NEVER_ASSESSED or not labels.any():
