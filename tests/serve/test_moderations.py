@@ -155,6 +155,7 @@ def test_chat_with_bad_moderation_is_refused(client, settings, status, param):
     assert error.value.param == (param or "moderation.policy.output.mode")
 
 
+@pytest.mark.slow  # embeds a thousand sentences
 def test_recipe_gives_the_weights_of_the_repository(model_file):
     data = read_sentences()
     vectors = embed(model_file("all-minilm-l6-v2"), data.texts)
