@@ -34,7 +34,7 @@ from serve.api.generation import (
 from serve.api.message_deltas import DeltaReader, read_message
 from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
-from serve.api.requests import ChatBody, FunctionDefinition, read_json, report_unused
+from serve.api.requests import ChatBody, FunctionDefinition, Message, read_json, report_unused
 from serve.api.responses import ChatChunk, ChatCompletion
 from serve.api.routes.moderations import load_moderator, moderate_chat
 from serve.api.routes.stored_chat import check_store, store_completion, store_streamed
@@ -95,7 +95,7 @@ async def create_chat_completion(request: Request) -> Response:
     ]
     if moderator is not None:
         answers = [text_of(reply["message"]) for reply in replies]
-        prompt = "\n".join(map(text_of, template_messages(body.messages)))
+        prompt = prompt_text(body.messages)
         extra["moderation"] = await moderate_chat(request, moderator, prompt, answers)
     completion = {
         **head,
@@ -115,6 +115,11 @@ def text_of(message: Mapping[str, Any]) -> str:
     return "\n".join(str(text) for text in (message.get("content"), *calls) if text)
 
 
+def prompt_text(messages: Sequence[Message]) -> str:
+    """Return the texts of the messages of a conversation, to moderate them."""
+    return "\n".join(map(text_of, template_messages(messages)))
+
+
 async def _moderated(
     request: Request,
     model: ModerationModel,
@@ -132,7 +137,7 @@ async def _moderated(
                 for call in delta.get("tool_calls") or ():
                     answers[choice["index"]] += call["function"].get("arguments") or ""
             yield chunk
-    prompt = "\n".join(map(text_of, template_messages(body.messages)))
+    prompt = prompt_text(body.messages)
     moderation = await moderate_chat(request, model, prompt, answers)
     yield {**head, "choices": [], "moderation": moderation}
 

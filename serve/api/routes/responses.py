@@ -49,14 +49,14 @@ from serve.api.responses import (
 from serve.api.routes.chat import (
     build_generation,
     chat_logprobs,
+    prompt_text,
     report_unused_variables,
-    text_of,
 )
 from serve.api.routes.moderations import load_moderator, moderate_response
 from serve.api.sse import cancel_on_disconnect, event_stream
 from serve.api.state import get_loaded_model, stored_of
 from serve.api.stored_responses import BackgroundRun, ResponseStore, is_unfinished
-from serve.api.tools import ToolSettings, read_tools, template_messages
+from serve.api.tools import ToolSettings, read_tools
 from serve.api.unused_fields import Unused
 from serve.jobs.store import new_id
 from serve.models.decoder import DecoderModel
@@ -93,7 +93,7 @@ async def create_response(request: Request) -> Response:
     if moderator is not None:
         response["moderation"] = None
         messages = _messages(body, [*history, *items], len(history))
-        prompt = "\n".join(map(text_of, template_messages(messages)))
+        prompt = prompt_text(messages)
         moderation = partial(moderate_response, request, moderator, prompt)
     events = _events(writer, generation, tools, namespaces(body.tools), moderation)
     record = {"response": response, "input": [*history, *items], "parts": writer.parts}
