@@ -116,10 +116,10 @@ def measure(client: OpenAI, model: str, examples: list[Example]) -> dict[str, li
     def index(example: Example) -> int:
         return labels_of(example["question"]).index(example["answer"])
 
-    fit = [example for example in examples if example["split"] == "fit"]
+    calibration = [example for example in examples if example["split"] == "calibration"]
     test = [example for example in examples if example["split"] == "test"]
-    logprobs = [decide(client, model, example, "contextual") for example in fit]
-    temperature = scoring.fit_temperature(logprobs, [index(example) for example in fit])
+    logprobs = [decide(client, model, example, "contextual") for example in calibration]
+    temperature = scoring.fit_temperature(logprobs, [index(example) for example in calibration])
     raw = [decide(client, model, example, "none") for example in test]
     contextual = [decide(client, model, example, "contextual") for example in test]
     scaled = [scoring.log_softmax(row, temperature) for row in contextual]

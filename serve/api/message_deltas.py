@@ -157,3 +157,36 @@ def read_message(
             {name: value for name, value in call.items() if name != "index"} for call in calls
         ]
     return message, tokens, reader.finish_reason(choice.finish_reason)
+
+
+def add_delta(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> None:
+    """Add the delta of a streamed choice to the whole choice.
+
+    Args:
+        choices: The choices so far, by index; changed.
+        choice: The choice of a chunk.
+    """
+    index, delta = choice["index"], choice["delta"]
+    message = {"role": "assistant", "content": None, "refusal": None}
+    whole = choices.setdefault(
+        index, {"index": index, "message": message, "logprobs": None, "finish_reason": None}
+    )
+    message = whole["message"]
+    if delta.get("content") is not None:
+        message["content"] = (message["content"] or "") + delta["content"]
+    if (text := delta.get("reasoning_content")) is not None:
+        message["reasoning_content"] = message.get("reasoning_content", "") + text
+    for call in delta.get("tool_calls", ()):
+        calls = message.setdefault("tool_calls", [])
+        if "id" in call:
+            function = {"name": call["function"]["name"], "arguments": ""}
+            calls.append({"id": call["id"], "type": "function", "function": function})
+        calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    if (function := delta.get("function_call")) is not None:
+        whole_call = message.setdefault("function_call", {"name": "", "arguments": ""})
+        for name, text in function.items():
+            whole_call[name] += text
+    if choice["logprobs"] is not None:
+        logprobs = whole["logprobs"] = whole["logprobs"] or {"content": [], "refusal": None}
+        logprobs["content"] += choice["logprobs"]["content"]
+    whole["finish_reason"] = choice["finish_reason"] or whole["finish_reason"]

@@ -140,6 +140,8 @@ def load_moderation_model(
                 f"categories and vectors of the encoder {encoder} it must have {expected}"
             )
     weight, bias = (tensors[name].read(0, shape[0]) for name in ("weight", "bias"))
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise ValueError(f"{path}: a weight is not finite: train the model again")
     return ModerationModel(
         id=id,
         created=int((path / "config.json").stat().st_mtime),

@@ -1,15 +1,20 @@
 """POST /v1/moderations with the real model, and the moderation of chats."""
 
+import dataclasses
 import json
+import shutil
+from typing import cast
 
 import numpy as np
 import openai
 import pytest
+from safetensors.numpy import save_file
 
 from serve.api.headers import NOT_ASSESSED
 from serve.api.routes.moderations import CATEGORIES as API_CATEGORIES
 from serve.models import moderation
 from serve.models.catalogue import PACKAGES
+from serve.models.encoder import EmbeddingModel
 from tests.serve import scripted
 from tests.serve.conftest import client as open_client
 from tests.waiting import wait_until
@@ -188,17 +193,50 @@ def test_stream_with_moderation_has_the_header(client, route):
     assert "sexual/minors" in reply.headers[NOT_ASSESSED].split(", ")
 
 
-def test_stored_stream_keeps_its_moderation(client):
-    *_, last = client.chat.completions.create(
+def test_stored_stream_keeps_its_moderation_and_usage(client):
+    *_, moderated, last = client.chat.completions.create(
         model="scripted",
         messages=[user(INSULT)],
         moderation={"model": "moderator"},
         stream=True,
+        stream_options={"include_usage": True},
         store=True,
     )
     stored = client.chat.completions.retrieve(last.id)
-    assert stored.moderation is not None
-    assert stored.moderation.to_dict() == last.moderation.to_dict()
+    assert stored.moderation is not None and stored.usage == last.usage
+    assert stored.moderation.to_dict() == moderated.moderation.to_dict()
+
+
+def test_moderation_that_fails_does_not_lose_the_answer(model):
+    class Damaged:
+        def __getattr__(self, name):
+            return getattr(model.encoder, name)
+
+        async def embed(self, batch):
+            raise FloatingPointError("a vector is NaN")
+
+    damaged = dataclasses.replace(model, encoder=cast(EmbeddingModel, Damaged()))
+    with (
+        scripted.serve_models(scripted.model(), damaged) as url,
+        open_client(url, strict=True) as client,
+    ):
+        answer = client.chat.completions.create(
+            model="scripted", messages=[user(INSULT)], moderation={"model": "moderator"}
+        )
+    assert answer.choices[0].message.content
+    assert answer.moderation.output.type == "error"
+
+
+def test_weights_that_are_not_finite_are_refused(model_file, tmp_path):
+    folder = shutil.copytree(WEIGHTS, tmp_path / "weights")
+    tensors = read_tensors(folder / "model.safetensors")
+    weight = tensors["weight"].read(0, tensors["weight"].shape[0])
+    bias = tensors["bias"].read(0, tensors["bias"].shape[0]) * np.nan
+    save_file({"weight": weight, "bias": bias}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="not finite"):
+        moderation.load_moderation_model(
+            "moderator", folder, model_file("all-minilm-l6-v2"), owned_by="test", dtype="float32"
+        )
 
 
 def test_response_has_the_moderation_of_input_and_output(client):

@@ -31,7 +31,7 @@ from serve.api.generation import (
     prompt_logprobs_to_api,
     refuse_streamed_prompt_logprobs,
 )
-from serve.api.message_deltas import DeltaReader, read_message
+from serve.api.message_deltas import DeltaReader, add_delta, read_message
 from serve.api.openapi import route_docs
 from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import ChatBody, FunctionDefinition, Message, read_json, report_unused
@@ -111,8 +111,11 @@ async def create_chat_completion(request: Request) -> Response:
 
 def text_of(message: Mapping[str, Any]) -> str:
     """Return the text of a message: its content and the arguments of its calls."""
-    calls = (call["function"]["arguments"] for call in message.get("tool_calls") or ())
-    return "\n".join(str(text) for text in (message.get("content"), *calls) if text)
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    if message.get("function_call"):
+        calls.append(message["function_call"])
+    texts = (message.get("content"), *(call["arguments"] for call in calls))
+    return "\n".join(str(text) for text in texts if text)
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
@@ -127,19 +130,25 @@ async def _moderated(
     chunks: AsyncGenerator[dict[str, Any], None],
     head: dict[str, Any],
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the chunks of a completion, and then one with the moderation of its texts."""
-    answers = [""] * (body.n or 1)
+    """Yield the chunks of a completion, and one with the moderation of its texts.
+
+    The chunk with the usage is the last one.
+    """
+    choices: dict[int, dict[str, Any]] = {}
+    usage_chunks = []
     async with aclosing(chunks):
         async for chunk in chunks:
             for choice in chunk["choices"]:
-                delta = choice["delta"]
-                answers[choice["index"]] += delta.get("content") or ""
-                for call in delta.get("tool_calls") or ():
-                    answers[choice["index"]] += call["function"].get("arguments") or ""
-            yield chunk
-    prompt = prompt_text(body.messages)
-    moderation = await moderate_chat(request, model, prompt, answers)
+                add_delta(choices, choice)
+            if chunk["choices"]:
+                yield chunk
+            else:
+                usage_chunks.append(chunk)
+    answers = [text_of(choices[index]["message"]) for index in sorted(choices)]
+    moderation = await moderate_chat(request, model, prompt_text(body.messages), answers)
     yield {**head, "choices": [], "moderation": moderation}
+    for chunk in usage_chunks:
+        yield chunk
 
 
 def _choice(

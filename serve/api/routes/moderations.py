@@ -201,7 +201,7 @@ async def _moderate_finished(
     """Return the result of each text, or an error for each: a finished answer is not lost."""
     try:
         results = await moderate(request, model, texts)
-    except (APIError, Busy) as error:
+    except (APIError, Busy, FloatingPointError) as error:
         reason = as_api_error(error)
         fields = {"type": "error", "code": reason.code or reason.type, "message": reason.message}
         return [fields] * len(texts)

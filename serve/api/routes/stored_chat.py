@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from serve.api.errors import APIError
+from serve.api.message_deltas import add_delta
 from serve.api.openapi import route_docs
 from serve.api.pagination import ItemsQuery, page_of, paginate, read_query
 from serve.api.requests import Body, ChatBody, Metadata, read_json
@@ -80,41 +81,13 @@ async def store_streamed(
                 "metadata": body.metadata,
             }
             for choice in chunk["choices"]:
-                _add_delta(choices, choice)
-            completion["usage"] = chunk.get("usage")
-            if "moderation" in chunk:
-                completion["moderation"] = chunk["moderation"]
+                add_delta(choices, choice)
+            for name in ("usage", "moderation"):
+                if chunk.get(name) is not None:
+                    completion[name] = chunk[name]
             yield chunk
     completion["choices"] = [choices[index] for index in sorted(choices)]
     await store_completion(request, body, completion)
-
-
-def _add_delta(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> None:
-    """Add the delta of a streamed choice to the whole choice."""
-    index, delta = choice["index"], choice["delta"]
-    message = {"role": "assistant", "content": None, "refusal": None}
-    whole = choices.setdefault(
-        index, {"index": index, "message": message, "logprobs": None, "finish_reason": None}
-    )
-    message = whole["message"]
-    if delta.get("content") is not None:
-        message["content"] = (message["content"] or "") + delta["content"]
-    if (text := delta.get("reasoning_content")) is not None:
-        message["reasoning_content"] = message.get("reasoning_content", "") + text
-    for call in delta.get("tool_calls", ()):
-        calls = message.setdefault("tool_calls", [])
-        if "id" in call:
-            function = {"name": call["function"]["name"], "arguments": ""}
-            calls.append({"id": call["id"], "type": "function", "function": function})
-        calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    if (function := delta.get("function_call")) is not None:
-        whole_call = message.setdefault("function_call", {"name": "", "arguments": ""})
-        for name, text in function.items():
-            whole_call[name] += text
-    if choice["logprobs"] is not None:
-        logprobs = whole["logprobs"] = whole["logprobs"] or {"content": [], "refusal": None}
-        logprobs["content"] += choice["logprobs"]["content"]
-    whole["finish_reason"] = choice["finish_reason"] or whole["finish_reason"]
 
 
 @router.get("/chat/completions", **route_docs(ChatCompletions))
