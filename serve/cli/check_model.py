@@ -27,6 +27,25 @@ def check(
     json: Json = False,
 ) -> None:
     """Check the files of a model: family, tokenizer, memory, and ignored or missing parts."""
+    report = check_files(path)
+    if json:
+        console.write_json({"path": str(path), **report})
+        return
+    rows = [
+        *((name, str(value)) for name, value in report.items() if isinstance(value, str | int)),
+        *((f"memory in {dtype}", human_size(size)) for dtype, size in report["memory"].items()),
+        *(("ignored", line) for line in report["ignored"]),
+        *(("missing", line) for line in report["missing"]),
+    ]
+    print(console.table(("PROPERTY", "VALUE"), rows))
+
+
+def check_files(path: Path) -> dict[str, Any]:
+    """Return the properties of a model's files, without loading its weights.
+
+    Raises:
+        Unusable: A file is damaged or not supported.
+    """
     from serve.models import download, kinds
 
     notes = _LogLines()
@@ -39,17 +58,11 @@ def check(
         report = _check_decoder(path) if kind.name == "decoder" else _check_other(path, kind)
     except (ValueError, OSError, Unusable) as error:
         raise Unusable(f"{path} cannot be used: {error}") from None
+    finally:
+        for package in ("bpe", "transformer"):
+            logging.getLogger(package).removeHandler(notes)
     report["ignored"] += notes.lines
-    if json:
-        console.write_json({"path": str(path), **report})
-        return
-    rows = [
-        *((name, str(value)) for name, value in report.items() if isinstance(value, str | int)),
-        *((f"memory in {dtype}", human_size(size)) for dtype, size in report["memory"].items()),
-        *(("ignored", line) for line in report["ignored"]),
-        *(("missing", line) for line in report["missing"]),
-    ]
-    print(console.table(("PROPERTY", "VALUE"), rows))
+    return report
 
 
 class _LogLines(logging.Handler):

@@ -6,6 +6,7 @@ import typer
 
 from serve import settings
 from serve.cli import console
+from serve.cli.check_model import check_files
 from serve.cli.options import Json
 from serve.exceptions import NotFound, WrongUsage
 from serve.models import catalogue
@@ -26,7 +27,10 @@ def pull(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Download models, check their hashes, and print their paths."""
+    """Download models, check their hashes, and print their paths.
+
+    A model of the hub that cannot be served is kept, and the exit code is 3.
+    """
     from serve.models import download, hub
 
     if all and ids:
@@ -43,6 +47,7 @@ def pull(
         elif name.startswith(hub.PREFIX):
             with console.DownloadProgress(name) as progress:
                 path = hub.pull(name, home, notify=console.info, progress=progress).path
+            check_files(path)
         elif model is None:
             raise NotFound(download.unknown_model_message(id, known_models))
         elif verify:

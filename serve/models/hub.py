@@ -675,18 +675,20 @@ def _translate(name: str) -> Iterator[None]:
 
 def _failure(name: str, error: BaseException) -> Failure | None:
     """Return the failure that reports an error of huggingface_hub; None for any other error."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
     repo, end = parse(name).repo, constants.ENDPOINT
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         return _failure(name, error.__cause__)
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     match error:
-        case errors.GatedRepoError() | errors.DisabledRepoError():
-            return Forbidden(
-                f"{repo} is gated: accept its terms at {end}/{repo}, and set HF_TOKEN to a token "
-                "of your account"
-            )
+        case errors.DisabledRepoError():
+            return Forbidden(f"{end} has disabled {repo}: choose another repository")
+        case errors.GatedRepoError():
+            step = " with the account of your token"
+            if get_token() is None:
+                step = ", and set HF_TOKEN to a token of your account"
+            return Forbidden(f"{repo} is gated: accept its terms at {end}/{repo}{step}")
         case errors.RepositoryNotFoundError():
             return NotFound(
                 f"{end} has no repository {repo}: check the name; a private one needs HF_TOKEN"

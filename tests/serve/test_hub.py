@@ -646,14 +646,24 @@ def run(server: Hub, tmp_path: Path, *arguments: str, **variables: str):
 
 
 def test_pull_command_uses_hf_environment_variables(tmp_path: Path) -> None:
+    tiny_gguf.write_gguf(tmp_path / "m.gguf")
     with hub_server.serve_hub() as server:
-        server.commit(REPO, FILES)
+        server.commit(REPO, {"m-F16.gguf": (tmp_path / "m.gguf").read_bytes()})
         server.repositories[REPO].private = True
         done = run(server, tmp_path, "pull", f"hf:{REPO}", HF_TOKEN=hub_server.TOKEN)
         assert done.returncode == 0, done.stderr
         path = Path(done.stdout.strip())
-        assert path.is_relative_to(tmp_path / "hf") and (path / "model.safetensors").is_file()
+        assert path.is_relative_to(tmp_path / "hf") and path.name == "m-F16.gguf"
         count = len(server.requests)
         done = run(server, tmp_path, "pull", f"hf:{REPO}", HF_HUB_OFFLINE="1")
         assert done.returncode == 0 and Path(done.stdout.strip()) == path, done.stderr
         assert len(server.requests) == count
+
+
+def test_pull_command_of_damaged_model_names_the_file_and_keeps_it(tmp_path: Path) -> None:
+    tiny_gguf.write_gguf(tmp_path / "m.gguf")
+    with hub_server.serve_hub() as server:
+        server.commit(REPO, {"m-F16.gguf": (tmp_path / "m.gguf").read_bytes()[:-100]})
+        done = run(server, tmp_path, "pull", f"hf:{REPO}")
+    assert done.returncode == 3 and "m-F16.gguf" in done.stderr and not done.stdout
+    assert list((tmp_path / "hf").rglob("m-F16.gguf"))
