@@ -79,7 +79,7 @@ class BatchRunner:
             await self._run_unfinished()
 
     async def _run_unfinished(self) -> None:
-        while batch := await asyncio.to_thread(self._batches.next_unfinished):
+        while batch := await asyncio.to_thread(self._batches.next_unfinished, self._is_served):
             try:
                 await self._run(batch)
             except Exception:
@@ -104,7 +104,7 @@ class BatchRunner:
             errors = {"object": "list", "data": errors}
             await asyncio.to_thread(batches.set_status, id, "failed", errors=errors)
             return
-        await asyncio.to_thread(batches.set_in_progress, id, len(lines))
+        await asyncio.to_thread(batches.set_in_progress, id, lines)
         waiting = await asyncio.to_thread(batches.unanswered, id, lines)
         owner = await asyncio.to_thread(batches.owner, id) or ""
         queue = iter(waiting)
@@ -146,6 +146,13 @@ class BatchRunner:
                 raise InvalidLine("model_not_found", str(error), "body.model") from None
 
         return check
+
+    def _is_served(self, name: str) -> bool:
+        try:
+            self._registry.resolve(name)
+        except UnknownModel:
+            return False
+        return True
 
     async def _answer(self, batch: JsonObject, owner: str, line: Line) -> None:
         context = RequestContext(client=batch["id"], owner=owner, priority=1)

@@ -11,6 +11,7 @@ or cancelled (cancelling while lines still run).
 """
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from typing import Any
 
 from serve.jobs.server_lock import ServerLock
 from serve.jobs.store import JsonObject, Store, file_record, new_id
+
+log = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 24 * 3600
 MAX_LINES = 50_000
@@ -57,6 +60,7 @@ class Batches:
 
     def __init__(self, store: Store, server: ServerLock):
         self._store, self._server = store, server
+        self._reported: set[str] = set()  # batches that wait for a server with their models
 
     def create(
         self,
@@ -113,8 +117,14 @@ class Batches:
         record = self._store.get("batch", id)
         return None if record is None else record["owner"]
 
-    def next_unfinished(self) -> JsonObject | None:
-        """Return the oldest unfinished batch that is not run by another server."""
+    def next_unfinished(self, is_served: Callable[[str], bool]) -> JsonObject | None:
+        """Return the oldest unfinished batch that is not run by another server.
+
+        The batch of a server that has ended waits for one with the same models, until it expires.
+
+        Args:
+            is_served: takes the name of a model, and returns whether this server has it.
+        """
         with self._store.transaction():
             records, _ = self._store.page(
                 "batch", predicate=lambda record: record["batch"]["status"] in UNFINISHED
@@ -123,9 +133,17 @@ class Batches:
                 batch, server = record["batch"], record.get("server", "")
                 if server == self._server.id:
                     return batch
-                if self._server.has_ended(server):
+                if not self._server.has_ended(server):
+                    continue
+                missing = [name for name in record.get("models", ()) if not is_served(name)]
+                if not missing or not self.can_continue(batch["id"]):
                     self._store.update("batch", batch["id"], server=self._server.id)
                     return batch
+                if batch["id"] not in self._reported:
+                    self._reported.add(batch["id"])
+                    log.warning(
+                        "%s waits for a server with the model %s", batch["id"], ", ".join(missing)
+                    )
         return None
 
     def counts(self) -> tuple[Counter[str], Counter[str]]:
@@ -145,14 +163,16 @@ class Batches:
             self._store.update("batch", id, batch=batch)
         return batch
 
-    def set_in_progress(self, id: str, total: int) -> None:
+    def set_in_progress(self, id: str, lines: Sequence[Line]) -> None:
         """Start a batch whose lines are valid, unless it was cancelled."""
         with self._store.transaction():
             batch = self.get(id)
             assert batch is not None
             if batch["status"] == "validating":
-                counts = {"total": total, "completed": 0, "failed": 0}
+                counts = {"total": len(lines), "completed": 0, "failed": 0}
                 self.set_status(id, "in_progress", request_counts=counts)
+                models = sorted({line.body["model"] for line in lines if "model" in line.body})
+                self._store.update("batch", id, models=models)
 
     def can_continue(self, id: str) -> bool:
         """Return whether a batch is neither cancelled nor expired."""

@@ -203,6 +203,29 @@ def test_stopped_server_continues_the_batch_and_repeats_no_line(model, tmp_path)
     assert batch.request_counts.completed == 60
 
 
+def test_batch_waits_for_a_server_with_its_model(model, tmp_path):
+    lines = [line(number, "endless", max_tokens=30) for number in range(60)]
+    other = scripted.model("other", TEMPLATE)
+    with (
+        scripted.serve_models(model, home=tmp_path) as address,
+        open_client(address, strict=True) as client,
+    ):
+        batch = create(client, lines)
+        wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
+    with (
+        scripted.serve_models(other, home=tmp_path) as address,
+        open_client(address, strict=True) as client,
+    ):
+        request = line(0, model="other")
+        assert finish(client, create(client, [request])).status == "completed"
+        assert client.batches.retrieve(batch.id).status == "in_progress"
+    with (
+        scripted.serve_models(model, home=tmp_path) as address,
+        open_client(address, strict=True) as client,
+    ):
+        assert finish(client, batch).request_counts.completed == 60
+
+
 def test_expired_batch_reports_the_unanswered_lines(client, monkeypatch):
     monkeypatch.setattr("serve.jobs.batches.WINDOW_SECONDS", 1)
     batch = finish(client, create(client, [line(number, "endless") for number in range(200)]))
