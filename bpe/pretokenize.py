@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import regex
 
@@ -118,11 +119,16 @@ PATTERNS = {
 }
 
 
+NormalizationForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
+
 _BUILTIN_PATTERNS = frozenset(PATTERNS.values())
+# The characters of \w in Oniguruma. The `regex` module counts the joiners U+200C and U+200D too.
+_WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}"
+_ESCAPE_OR_BRACKET = regex.compile(r"\\.|[\[\]]", regex.DOTALL)
 
 
 def compile_pattern(pattern: str) -> regex.Pattern[str]:
-    """Compile one split pattern.
+    """Compile one split pattern, with the word characters of Oniguruma, which tokenizers uses.
 
     Args:
         pattern: a regular expression in the dialect of the `regex` module.
@@ -130,8 +136,18 @@ def compile_pattern(pattern: str) -> regex.Pattern[str]:
     Raises:
         ValueError: if the pattern is not a valid regular expression.
     """
+    depth = 0
+
+    def replace(match: regex.Match[str]) -> str:
+        nonlocal depth
+        token = match[0]
+        depth = max(depth + (token == "[") - (token == "]"), 0)
+        if token == r"\w":
+            return _WORD if depth else f"[{_WORD}]"
+        return token
+
     try:
-        return regex.compile(pattern)
+        return regex.compile(_ESCAPE_OR_BRACKET.sub(replace, pattern))
     except regex.error as error:
         raise ValueError(
             f"split pattern {pattern!r} is not a valid regular expression: {error}"

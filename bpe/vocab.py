@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from bpe.added_tokens import AddedToken
 from bpe.merge import NO_MERGE, merge
-from bpe.pretokenize import compile_pattern
+from bpe.pretokenize import NormalizationForm, compile_pattern
 
 
 class Vocab:
@@ -49,7 +49,7 @@ class Vocab:
         special_tokens: Mapping[str, int],
         merges: Iterable[tuple[bytes, bytes]] | None = None,
         ignore_merges: bool = False,
-        normalization: Literal["NFC"] | None = None,
+        normalization: NormalizationForm | None = None,
         dropped_bytes: bytes = b"",
         explicit_n_vocab: int | None = None,
         added_tokens: Iterable[AddedToken] = (),
@@ -85,7 +85,7 @@ class Vocab:
         self.unreachable_tokens = dict(unreachable_tokens)
         self._decoder = self.unreachable_tokens | self._decoder
         self.max_token_value = max(self._decoder)
-        self.normalization: Literal["NFC"] | None = normalization
+        self.normalization: NormalizationForm | None = normalization
         self.dropped_bytes = bytes(dropped_bytes)
         self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
         self._patterns = tuple(map(compile_pattern, self.patterns))

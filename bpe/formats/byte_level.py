@@ -8,11 +8,12 @@ newline "Ċ".
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from bpe.added_tokens import AddedToken
 from bpe.encoding import Encoding
 from bpe.formats.checks import short_repr
+from bpe.pretokenize import NormalizationForm
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -38,7 +39,7 @@ def from_byte_level(
     merges: Iterable[Any],
     patterns: str | Sequence[str],
     ignore_merges: bool,
-    normalization: Literal["NFC"] | None,
+    normalization: NormalizationForm | None,
     where: str,
     added_tokens: Sequence[AddedToken] = (),
 ) -> Encoding:

@@ -9,9 +9,9 @@ with which the model was trained.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, QWEN35, SMOLLM
+from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, QWEN35, SMOLLM, NormalizationForm
 
 
 class PreTokenizer(NamedTuple):
@@ -26,7 +26,7 @@ class PreTokenizer(NamedTuple):
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
-    normalization: Literal["NFC"] | None = None
+    normalization: NormalizationForm | None = None
     add_bos: bool = False
 
 

@@ -375,7 +375,7 @@ def _byte_level(
     where_normalizer = f"{path}: normalizer"
     normalization = pipeline.byte_level_normalization(spec.get("normalizer"), where_normalizer)
     for i, token in enumerate(added):
-        # NFC, the only normalizer here, does not change ASCII.
+        # The normalization forms, the only normalizers here, do not change ASCII.
         if token.normalized and normalization and not token.content.isascii():
             raise ValueError(
                 f"{path}: added_tokens[{i}]: normalized is True for {token.content!r}; "

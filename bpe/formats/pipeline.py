@@ -11,7 +11,7 @@ import base64
 import binascii
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import regex
 
@@ -20,7 +20,7 @@ from bpe.added_tokens import WHITESPACE
 from bpe.charsmap import Charsmap
 from bpe.formats.checks import get_required, short_repr
 from bpe.normalizers import SPACE_SYMBOL, Step
-from bpe.pretokenize import GPT2, SMOLLM, compile_pattern, find_all
+from bpe.pretokenize import GPT2, SMOLLM, NormalizationForm, compile_pattern, find_all
 
 
 def steps_of(spec: Any, key: str, where: str) -> list[Any]:
@@ -46,18 +46,20 @@ def _unsupported(step: Any, where: str) -> ValueError:
 # Byte-level vocabularies
 
 
-def byte_level_normalization(spec: Any, where: str) -> Literal["NFC"] | None:
+def byte_level_normalization(spec: Any, where: str) -> NormalizationForm | None:
     """Return the Unicode normalization form of a byte-level vocabulary, or None.
 
     Raises:
-        ValueError: if the normalizer is neither null nor NFC.
+        ValueError: if the normalizer is neither null nor one normalization form.
     """
     steps = steps_of(spec, "normalizers", where)
     if not steps:
         return None
-    if steps == [{"type": "NFC"}]:
-        return "NFC"
-    raise ValueError(f"{where}: {short_repr(spec)} is not supported; use null or NFC")
+    for form in get_args(NormalizationForm):
+        if steps == [{"type": form}]:
+            return form
+    forms = ", ".join(get_args(NormalizationForm))
+    raise ValueError(f"{where}: {short_repr(spec)} is not supported; use null or one of {forms}")
 
 
 def split_patterns(spec: Any, where: str) -> str | list[str]:

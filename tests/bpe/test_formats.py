@@ -168,6 +168,19 @@ def test_pre_tokenizer_steps_become_patterns(write_json, steps, patterns):
     assert [pattern.pattern for pattern in encoding._patterns] == patterns
 
 
+@pytest.mark.parametrize(
+    ("form", "text", "same"),
+    [("NFC", "e\u0301", "\u00e9"), ("NFD", "\u00e9", "e\u0301"), ("NFKC", "\ufb01", "fi"),
+     ("NFKD", "\ufb01\u00e9", "fie\u0301")],
+)  # fmt: skip
+def test_normalization_form_is_applied(write_json, form, text, same):
+    spec = tiny.tokenizer_json()
+    spec["normalizer"] = {"type": form}
+    encoding = bpe.load(write_json(spec)).encoding
+    assert encoding.encode(text) == encoding.encode(same)
+    assert encoding.decode(encoding.encode(text)) == same
+
+
 def test_normalizer_and_ignore_merges_are_applied(write_json):
     spec = tiny.tokenizer_json()
     spec["normalizer"] = {"type": "NFC"}

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import bpe
 from bpe.formats.gguf import read_gguf_metadata
+from bpe.formats.sentencepiece import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, looks_special
 from bpe.save import tokenizer_json
 from bpe.sentencepiece import SentencePiece
 from bpe.unigram import Unigram
@@ -133,13 +134,36 @@ def sentencepiece_of(metadata) -> Encode:
         protobuf(3, int(get("add_space_prefix", is_bpe))),
         protobuf(4, int(get("remove_extra_whitespaces", False))),
     ]
-    pieces = sentencepiece_pieces(metadata | {"tokenizer.ggml.tokens": tokens})
+    # sentencepiece takes one unknown piece, while the empty ids of Phi-3 have its type too, and it
+    # finds user-defined pieces in every text, while ours are special if they look so.
+    types = [UNUSED if kind == UNKNOWN else kind for kind in get("token_type")]
+    types[get("unknown_token_id", 0)] = UNKNOWN
+    for id, token in enumerate(get("tokens", ())):
+        if types[id] == USER_DEFINED and looks_special(token):
+            types[id] = CONTROL
+    changes = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    pieces = sentencepiece_pieces(metadata | changes)
     data = pieces + protobuf(3, b"".join(normalizer))
     data += protobuf(2, protobuf(3, 2 if is_bpe else 1) + protobuf(35, int(is_bpe)))
     return sentencepiece.SentencePieceProcessor(model_proto=data).encode
 
 
-def compare(encoding: bpe.Encoding, reference: Encode, texts: list[str], allowed) -> None:
+@functools.cache
+def known_characters() -> st.SearchStrategy[str]:
+    """Return the characters that the Unicode tables of `regex` and of the references know.
+
+    The tables of `regex` are newer. `tokenizers` has those of Unicode 9 for marks.
+    """
+    from tokenizers import normalizers
+
+    assigned = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) == "Mn"]
+    newer = normalizers.StripAccents().normalize_str("".join(assigned))
+    return st.characters(exclude_categories=["Cs", "Cn"], exclude_characters=newer)
+
+
+def compare(
+    encoding: bpe.Encoding, reference: Encode, texts: list[str], allowed, prefix: str = ""
+) -> None:
     """Check that ids are those of a reference, of all texts together, of each, and of strings."""
 
     def encode(text: str) -> list[int]:
@@ -154,8 +178,9 @@ def compare(encoding: bpe.Encoding, reference: Encode, texts: list[str], allowed
         check_ids(encoding, text, encode(text), reference_ids)
 
     @settings(max_examples=300, suppress_health_check=list(HealthCheck))
-    @given(st.text())
+    @given(st.text(known_characters()))
     def check(text: str) -> None:
+        text = prefix + text
         check_ids(encoding, text, encode(text), reference([text])[0])
 
     check()
@@ -229,8 +254,6 @@ def test_normalizers_before_unigram_match_tokenizers(tmp_path, texts, normalizer
     """End to end, as an encoder reads a folder, with special tokens around a text and a pair."""
     import tokenizers
 
-    if (normalizer, pre_tokenizer) == ("digits", "first"):
-        pytest.skip("tokenizers takes a first word that was replaced for one inside the text")
     golden = json.loads((GOLDEN / "sentencepiece.json").read_text())
     spec = golden["tokenizers"]["xlmr"]["tokenizer.json"]
     precompiled = spec["normalizer"]
@@ -239,8 +262,11 @@ def test_normalizers_before_unigram_match_tokenizers(tmp_path, texts, normalizer
     spec["pre_tokenizer"] = PRE_TOKENIZERS[pre_tokenizer]
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(spec))
-    some = texts[::20]
-    compare(bpe.load(path).encoding, tokenizers_of(json.dumps(spec)), some, "all")
+    # Where a normalizer removes or replaces the first character, tokenizers takes the first word
+    # for one inside the text.
+    prefix = "a " if pre_tokenizer == "first" else ""
+    some = [prefix + text for text in texts[::20]]
+    compare(bpe.load(path).encoding, tokenizers_of(json.dumps(spec)), some, "all", prefix)
 
     tokenizer = bpe.load_encoder_tokenizer(tmp_path)
     huggingface = tokenizers.Tokenizer.from_file(str(path))

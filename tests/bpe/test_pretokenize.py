@@ -53,6 +53,20 @@ def test_no_text_is_lost_by_unmatched_text_or_empty_matches_or_groups():
     assert pieces("b", "") == []
 
 
+@pytest.mark.parametrize(
+    ("pattern", "pieces_of_joined"),
+    [
+        (r"\w+", ["a", "\u200d", "b", "!"]),
+        (r"[^\w\s]+", ["a", "\u200d", "b", "!"]),
+        (r"[\[\w]+", ["a", "\u200d", "b", "!"]),
+        (r"\\w", ["a\u200db!"]),
+    ],
+)
+def test_joiners_are_no_word_characters(pattern, pieces_of_joined):
+    """As in Oniguruma, which `tokenizers` uses; in the `regex` module they are."""
+    assert pieces(pattern, "a\u200db!") == pieces_of_joined
+
+
 def test_error_names_invalid_pattern():
     with pytest.raises(ValueError, match=r"\(unclosed"):
         compile_pattern("(unclosed")
