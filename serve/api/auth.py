@@ -102,9 +102,8 @@ class KeyRing:
     """
 
     def __init__(self, api_keys: Collection[str], home: Path):
-        self._fixed_keys = {
-            digest(key.encode()): f"key {number}" for number, key in enumerate(api_keys, 1)
-        }
+        digests = [digest(key.encode()) for key in api_keys]
+        self._fixed_keys = {key_digest: f"key {key_digest[:8]}" for key_digest in digests}
         self._home = home
         self._stamp: tuple[int, int] | None = None
         self._stored: dict[str, str] = {}
@@ -119,7 +118,8 @@ class KeyRing:
     def owner(self, key: bytes) -> str | None:
         """Return the name of an API key, or None if the key is not accepted.
 
-        The keys of `api_keys` have the names "key 1", "key 2", ...
+        A key of `api_keys` has the name "key DIGEST", which does not depend on the other keys: the
+        objects that a key stores have its name.
         """
         self._refresh()
         key_digest = digest(key)

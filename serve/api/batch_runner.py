@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -29,9 +29,11 @@ from serve.jobs.store import JsonObject
 from serve.models.registry import Registry
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_CONCURRENT_LINES = 8
 POLL_SECONDS = 5.0  # between two looks for batches of servers that have ended
+RETRY_SECONDS = 30.0  # after an unexpected error, such as a full disk
 MAX_ATTEMPTS = 5  # of a request while the queue is full
 AnyBody = ChatBody | CompletionBody | EmbeddingsBody | ModerationsBody | ResponseBody
 ENDPOINTS: dict[str, type[AnyBody]] = {
@@ -57,6 +59,7 @@ class BatchRunner:
         self._app = app
         self._routes = AsyncExitStackMiddleware(app.router)  # without the other middleware
         self._task: asyncio.Task[None] | None = None
+        self._retry_times: dict[str, float] = {}  # of batches with an unexpected error
         self._has_new_batch = asyncio.Event()
 
     def start(self) -> None:
@@ -66,7 +69,10 @@ class BatchRunner:
             self._task = asyncio.create_task(self._run_for_ever())
 
     async def stop(self) -> None:
-        """Stop; the requests that run now are not recorded, and answered after the next start."""
+        """Stop; the requests that run now are not recorded, and answered after the next start.
+
+        What a thread writes now is finished first, because another server takes over afterwards.
+        """
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -76,54 +82,62 @@ class BatchRunner:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._has_new_batch.wait(), POLL_SECONDS)
             self._has_new_batch.clear()
-            await self._run_unfinished()
+            try:
+                await self._run_unfinished()
+            except Exception:
+                log.exception("looking for batches failed; trying again")
 
     async def _run_unfinished(self) -> None:
-        while batch := await asyncio.to_thread(self._batches.next_unfinished, self._is_served):
+        while batch := await _in_thread(
+            self._batches.next_unfinished, self._is_served, self._to_skip()
+        ):
             try:
                 await self._run(batch)
             except Exception:
-                log.exception("%s failed", batch["id"])
-                error = {"code": "server_error", "message": "The server failed.", "param": None}
-                errors = {"object": "list", "data": [error | {"line": None}]}
-                await asyncio.to_thread(
-                    self._batches.set_status, batch["id"], "failed", errors=errors
-                )
+                # Its answers are kept, and the error may pass.
+                log.exception("%s failed; trying again in %.0f s", batch["id"], RETRY_SECONDS)
+                self._retry_times[batch["id"]] = time.monotonic() + RETRY_SECONDS
+
+    def _to_skip(self) -> set[str]:
+        """Return the ids of batches that wait after an unexpected error."""
+        now = time.monotonic()
+        self._retry_times = {id: at for id, at in self._retry_times.items() if at > now}
+        return set(self._retry_times)
 
     async def _run(self, batch: JsonObject) -> None:
         id, batches = batch["id"], self._batches
         is_new = batch["status"] == "validating"
         check = self._line_check(batch["endpoint"]) if is_new else lambda body: None
         try:
-            lines, errors = await asyncio.to_thread(batches.read_lines, batch, check)
+            lines, errors = await _in_thread(batches.read_lines, batch, check)
         except FileNotFoundError:
             message = f"The file '{batch['input_file_id']}' was deleted."
             error = {"code": "file_not_found", "message": message, "param": None, "line": None}
             lines, errors = [], [error]
         if errors and batch["status"] in ("validating", "in_progress"):
             errors = {"object": "list", "data": errors}
-            await asyncio.to_thread(batches.set_status, id, "failed", errors=errors)
+            await _in_thread(batches.set_status, id, "failed", errors=errors)
             return
-        await asyncio.to_thread(batches.set_in_progress, id, lines)
-        waiting = await asyncio.to_thread(batches.unanswered, id, lines)
-        owner = await asyncio.to_thread(batches.owner, id) or ""
+        await _in_thread(batches.set_in_progress, id, lines)
+        waiting = await _in_thread(batches.unanswered, id, lines)
+        owner = await _in_thread(batches.owner, id) or ""
         queue = iter(waiting)
 
         async def work() -> None:
             for line in queue:
-                if not await asyncio.to_thread(batches.can_continue, id):
+                if not await _in_thread(batches.can_continue, id):
                     return
                 await self._answer(batch, owner, line)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(MAX_CONCURRENT_LINES, len(waiting))):
                 group.create_task(work())
-        current = await asyncio.to_thread(batches.get, id)
+        current = await _in_thread(batches.get, id)
         assert current is not None
         is_expired = current["expires_at"] <= time.time()
         cancelled = current["status"] == "cancelling"
         status = "cancelled" if cancelled else "expired" if is_expired else "completed"
-        await asyncio.to_thread(batches.finalize, id, lines, status, expired=status == "expired")
+        await _in_thread(batches.finalize, id, lines, status, expired=status == "expired")
 
     def _line_check(self, endpoint: str) -> Callable[[JsonObject], None]:
         model_class = ENDPOINTS[endpoint]
@@ -164,7 +178,7 @@ class BatchRunner:
             await asyncio.sleep(2**attempt)
             attempt += 1
         result = result_of(line, status, context.id, body)
-        await asyncio.to_thread(
+        await _in_thread(
             self._batches.add_result, batch["id"], line, result, is_error=status >= 400
         )
 
@@ -212,3 +226,12 @@ class BatchRunner:
                 log.exception("a request of a batch failed")
             return api_error.status, api_error.body()
         return status, json.loads(b"".join(parts))
+
+
+async def _in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function in a thread; if this task is cancelled, wait for the end of the call."""
+    call = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(call)
+    finally:
+        await asyncio.wait([call])

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from sqlite3 import IntegrityError
@@ -117,17 +117,23 @@ class Batches:
         record = self._store.get("batch", id)
         return None if record is None else record["owner"]
 
-    def next_unfinished(self, is_served: Callable[[str], bool]) -> JsonObject | None:
+    def next_unfinished(
+        self, is_served: Callable[[str], bool], skip: Collection[str] = ()
+    ) -> JsonObject | None:
         """Return the oldest unfinished batch that is not run by another server.
 
         The batch of a server that has ended waits for one with the same models, until it expires.
 
         Args:
             is_served: takes the name of a model, and returns whether this server has it.
+            skip: ids of batches that are not returned.
         """
         with self._store.transaction():
             records, _ = self._store.page(
-                "batch", predicate=lambda record: record["batch"]["status"] in UNFINISHED
+                "batch",
+                predicate=lambda record: (
+                    record["batch"]["status"] in UNFINISHED and record["batch"]["id"] not in skip
+                ),
             )
             for record in records:
                 batch, server = record["batch"], record.get("server", "")
@@ -280,7 +286,9 @@ class Batches:
                         }
                         record = {"result": _result(line, None, error), "is_error": True}
                     if record is not None and record["is_error"] == is_error:
-                        blob.write(json.dumps(record["result"], ensure_ascii=False).encode())
+                        text = json.dumps(record["result"], ensure_ascii=False)
+                        # Half of a surrogate pair, which JSON can escape, is not valid UTF-8.
+                        blob.write(text.encode("utf-8", "backslashreplace"))
                         blob.write(b"\n")
                 if blob.size:
                     filename = f"{id}_{name}.jsonl"

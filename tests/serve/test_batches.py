@@ -1,6 +1,8 @@
 """/v1/batches with the official client and a scripted engine."""
 
 import json
+import os
+import threading
 import time
 
 import httpx
@@ -8,6 +10,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.jobs.batches import Batches
+from serve.jobs.server_lock import ServerLock
+from serve.models import disk
 from tests.serve import scripted
 from tests.serve.conftest import client as open_client
 from tests.serve.tiny_data import TEMPLATE
@@ -233,3 +238,64 @@ def test_expired_batch_reports_the_unanswered_lines(client, monkeypatch):
     codes = {result["error"]["code"] for result in results(client, batch.error_file_id)}
     assert codes == {"batch_expired"}
     assert time.time() >= batch.expires_at
+
+
+def test_half_of_a_surrogate_pair_as_id_comes_back(client):
+    """Bug: the file could not be written, and all answers were lost."""
+    batch = finish(client, create(client, [line(0) | {"custom_id": "x\ud83d"}]))
+    assert batch.status == "completed"
+    (answer,) = results(client, batch.output_file_id)
+    assert answer["custom_id"] == "x\ud83d"
+
+
+def test_batch_goes_on_after_an_unexpected_error(client, monkeypatch):
+    """Bug: a full disk made the batch fail, and its answers were lost."""
+    monkeypatch.setattr("serve.api.batch_runner.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("serve.api.batch_runner.POLL_SECONDS", 0.1)
+    finalize, failures = Batches.finalize, []
+
+    def fail_twice(*args, **kwargs):
+        if len(failures) < 2:
+            failures.append(1)
+            raise OSError(28, "No space left on device")
+        return finalize(*args, **kwargs)
+
+    monkeypatch.setattr(Batches, "finalize", fail_twice)
+    batch = finish(client, create(client, [line(0), line(1)]))
+    assert (batch.status, len(failures)) == ("completed", 2)
+    assert len(results(client, batch.output_file_id)) == 2
+
+
+def test_server_stops_after_what_it_writes(model, tmp_path, monkeypatch):
+    """Bug: the lock of the server was free while a thread still wrote the output file."""
+    finalize, ended = Batches.finalize, []
+
+    def slow(*args, **kwargs):
+        time.sleep(1)
+        ended.append(finalize(*args, **kwargs))
+
+    monkeypatch.setattr(Batches, "finalize", slow)
+    close = ServerLock.close
+    monkeypatch.setattr(ServerLock, "close", lambda lock: (ended.append("close"), close(lock)))
+    with (
+        scripted.serve_models(model, home=tmp_path) as address,
+        open_client(address, strict=True) as client,
+    ):
+        batch = create(client, [line(0)])
+        wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed == 1)
+        time.sleep(0.3)
+    assert ended == [None, "close"]
+
+
+def test_lock_is_of_the_file_at_the_path(tmp_path):
+    """Bug: after a rename, a second writer held the lock of the renamed file, and truncated it."""
+    path, renamed = tmp_path / "new", tmp_path / "final"
+    first = disk.lock(path)
+    os.write(first, b"answers")
+    second = threading.Thread(target=lambda: os.ftruncate(disk.lock(path), 0))
+    second.start()
+    time.sleep(0.3)
+    path.rename(renamed)
+    os.close(first)
+    second.join()
+    assert renamed.read_bytes() == b"answers"

@@ -380,3 +380,9 @@ def test_unhandled_exception_is_logged_with_request_id(http, log_lines):
     assert crash["request_id"] == response.headers["x-request-id"]
     assert "a bug in the engine" in crash["traceback"]
     assert "secret" not in response.text
+
+
+def test_name_of_a_fixed_key_does_not_depend_on_other_keys(tmp_path):
+    """Bug: after a restart with fewer keys, a key had the name and the objects of another."""
+    both, one = auth.KeyRing(["sk-a", "sk-b"], tmp_path), auth.KeyRing(["sk-b"], tmp_path)
+    assert both.owner(b"sk-b") == one.owner(b"sk-b") != both.owner(b"sk-a")
