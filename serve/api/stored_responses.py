@@ -107,6 +107,15 @@ class ResponseStore:
         self._next_expiry_check = 0.0
         self._prune()
 
+    def check_enabled(self) -> None:
+        """Check that requests may store.
+
+        Raises:
+            APIError: 400 if they may not.
+        """
+        if not self.is_enabled:
+            raise APIError(400, "This server stores nothing: it was started with --no-store.")
+
     def add(self, kind: str, id: str, owner: str, body: JsonObject, parent: str = "") -> None:
         """Store an object; the oldest ones are deleted if there is no room."""
         body = body | {"owner": owner, "stored_at": time.time(), "server": self._server.id}

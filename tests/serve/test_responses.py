@@ -387,6 +387,37 @@ def test_server_without_store_stores_nothing(model):
             client.conversations.create()
 
 
+def test_server_restarted_without_store_adds_nothing_to_a_conversation(model, tmp_path):
+    message = {"type": "message", "role": "user", "content": "Hello?"}
+    with (
+        scripted.serve_models(model, home=tmp_path) as address,
+        open_client(address, strict=True) as client,
+    ):
+        conversation = client.conversations.create(items=[message]).id
+    with (
+        scripted.serve_models(model, home=tmp_path, store_responses=False) as address,
+        open_client(address, strict=True) as client,
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.conversations.items.create(conversation, items=[message])
+        with pytest.raises(openai.BadRequestError):
+            client.conversations.update(conversation, metadata={"a": "b"})
+        with pytest.raises(openai.BadRequestError) as error:
+            client.responses.create(model="hermes", input="Hello?", conversation=conversation)
+        assert error.value.param == "conversation"
+        assert len(client.conversations.items.list(conversation).data) == 1
+
+
+def test_response_that_is_not_stored_cannot_join_a_conversation(client):
+    """Bug: the conversation was read, and the answer never added to it."""
+    conversation = client.conversations.create().id
+    with pytest.raises(openai.BadRequestError) as error:
+        client.responses.create(
+            model="hermes", input="Hello?", conversation=conversation, store=False
+        )
+    assert error.value.param == "conversation"
+
+
 # --- other clients ----------------------------------------------------------------------------
 
 

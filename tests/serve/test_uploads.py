@@ -82,6 +82,21 @@ def test_part_beyond_the_announced_size_is_refused(client):
     assert error.value.param == "data"
 
 
+def test_part_can_be_sent_again(client):
+    """Bug: after a lost response or a wrong MD5, the upload could not be completed."""
+    upload = start(client)
+    add(client, upload, bytes(len(DATA)))
+    again = add(client, upload, DATA)
+    done = client.uploads.complete(upload.id, part_ids=[again])
+    assert client.files.content(done.file.id).read() == DATA
+    upload = start(client)
+    for _ in range(2):
+        add(client, upload, DATA)
+    with pytest.raises(openai.BadRequestError) as error:
+        add(client, upload, DATA)
+    assert error.value.param == "data"
+
+
 def test_cancelled_upload_takes_no_parts(client):
     upload = start(client)
     add(client, upload, DATA)

@@ -12,7 +12,6 @@ from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
 
-from serve.api.errors import APIError
 from serve.api.openapi import route_docs
 from serve.api.pagination import ItemsQuery, page_of, paginate, read_query
 from serve.api.requests import Body, Metadata, read_json
@@ -50,8 +49,7 @@ async def create_conversation(request: Request) -> dict[str, Any]:
     """Create a conversation, with up to 20 items."""
     body = await read_json(request, ConversationBody)
     stored, owner = stored_of(request)
-    if not stored.is_enabled:
-        raise APIError(400, "This server stores no conversations: it was started with --no-store.")
+    stored.check_enabled()
     items = await asyncio.to_thread(
         stored.resolve_references, to_items(body.items, "items"), owner, "items"
     )
@@ -85,6 +83,7 @@ async def update_conversation(request: Request, conversation_id: str) -> dict[st
     """Replace the metadata of a conversation."""
     body = await read_json(request, ConversationUpdate)
     stored, owner = stored_of(request)
+    stored.check_enabled()
     record = await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
     conversation = record["conversation"] | {"metadata": body.metadata}
     await asyncio.to_thread(
@@ -121,6 +120,7 @@ async def create_items(request: Request, conversation_id: str) -> dict[str, Any]
     """Add up to 20 items to a conversation."""
     body = await read_json(request, NewItems)
     stored, owner = stored_of(request)
+    stored.check_enabled()
     await asyncio.to_thread(stored.get, "conversation", conversation_id, owner)
     items = await asyncio.to_thread(
         stored.resolve_references, to_items(body.items, "items"), owner, "items"

@@ -81,6 +81,14 @@ async def create_response(request: Request) -> Response:
             param="background",
             code="invalid_value",
         )
+    if body.conversation is not None and not is_stored:
+        raise APIError(
+            400,
+            "A response that is not stored cannot be added to a conversation: leave 'store' out, "
+            "and start the server without --no-store, or send the items of the conversation.",
+            param="conversation",
+            code="invalid_value",
+        )
     history = await asyncio.to_thread(_history, stored, owner, body)
     items = await asyncio.to_thread(stored.resolve_references, to_items(body.input), owner, "input")
     moderator = await load_moderator(request, body.moderation)

@@ -136,6 +136,7 @@ async def list_messages(request: Request, completion_id: str) -> dict[str, Any]:
 async def update_completion(request: Request, completion_id: str) -> dict[str, Any]:
     """Replace the metadata of a stored chat completion."""
     body = await read_json(request, MetadataUpdate)
+    state_of(request).responses.check_enabled()
     record = await _record(request, completion_id)
     completion = record["completion"] | {"metadata": body.metadata}
     stored, _ = stored_of(request)

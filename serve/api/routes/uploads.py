@@ -86,12 +86,14 @@ async def add_part(request: Request, upload_id: str) -> dict[str, Any]:
     with store.open_blob(id) as incoming:
         await read_form(request, PartForm, {"data": incoming}, MAX_PART)
         parts = await asyncio.to_thread(_parts, store, upload_id)
-        sent = sum(part["bytes"] for part in parts.values())
-        if sent + incoming.size > record["upload"]["bytes"]:
+        sent = sum(part["bytes"] for part in parts.values()) + incoming.size
+        announced = record["upload"]["bytes"]
+        # A part may be sent again, after a lost response or with other content.
+        if incoming.size > announced or sent > 2 * announced:
             raise _bad(
                 "data",
-                f"The parts have {sent + incoming.size:,} bytes, but the upload was announced with "
-                f"{record['upload']['bytes']:,}.",
+                f"The parts have {sent:,} bytes, but the upload was announced with "
+                f"{announced:,}, and may have as many once more in parts that are sent again.",
             )
         part = {
             "id": id,
@@ -101,6 +103,11 @@ async def add_part(request: Request, upload_id: str) -> dict[str, Any]:
         }
         stored = {"part": part, "bytes": incoming.size}
         await asyncio.to_thread(incoming.commit, stored, "upload.part", upload_id)
+    try:
+        await _pending(request, upload_id)
+    except APIError:  # the upload has ended meanwhile, and deleted its other parts
+        await asyncio.to_thread(store.delete_blob, "upload.part", id)
+        raise
     return part
 
 
@@ -149,6 +156,9 @@ def _complete(store: Store, record: dict[str, Any], body: CompleteBody) -> dict[
         if (seconds := record["file_seconds"]) is not None:
             file["expires_at"] = file["created_at"] + seconds
         with store.transaction():
+            current = store.get("upload", upload["id"])
+            if current is None or current["upload"]["status"] != "pending":
+                raise _bad(None, "The upload was completed or cancelled meanwhile.")
             blob.commit(file)
             upload |= {"status": "completed", "file": file}
             store.update("upload", upload["id"], upload=upload)
