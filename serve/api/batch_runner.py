@@ -17,12 +17,13 @@ from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from pydantic import ValidationError
 
-from serve.api.errors import as_api_error, from_validation
+from serve.api.errors import APIError, as_api_error, from_validation
 from serve.api.request_context import RequestContext
 from serve.api.requests import ChatBody, CompletionBody
 from serve.api.response_requests import ResponseBody
 from serve.api.routes.embeddings import EmbeddingsBody
 from serve.api.routes.moderations import ModerationsBody
+from serve.api.unused_fields import check_names
 from serve.exceptions import UnknownModel
 from serve.jobs.batches import Batches, InvalidLine, Line, result_of
 from serve.jobs.store import JsonObject
@@ -144,7 +145,11 @@ class BatchRunner:
 
         def check(body: JsonObject) -> None:
             try:
+                check_names(body, model_class)
                 model = model_class.model_validate(body, strict=True).model
+            except APIError as error:
+                param = f"body.{error.param}" if error.param else "body"
+                raise InvalidLine(error.code or "invalid_request", error.message, param) from None
             except ValidationError as error:
                 found = from_validation(error)
                 param = f"body.{found.param}" if found.param else "body"

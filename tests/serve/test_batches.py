@@ -97,6 +97,8 @@ def test_failed_request_goes_to_the_error_file(client):
         (line(1, temperature=7), "decimal_above_max_value", "body.temperature"),
         (line(1) | {"body": {"model": "none", "messages": line(0)["body"]["messages"]}},
          "model_not_found", "body.model"),
+        (line(1, temprature=1), "unknown_parameter", "body.temprature"),
+        (line(1, audio={"voice": "alloy"}), "unsupported_parameter", "body.audio"),
     ],
 )  # fmt: skip
 def test_invalid_line_fails_the_batch_and_is_named(client, bad, code, param):

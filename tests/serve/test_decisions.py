@@ -138,6 +138,9 @@ def test_decisions_of_messages_calls_and_json(client):
     whole, part = (decide(client, [PREDICATE], input=input) for input in (items, items[:2]))
     assert whole.answers != part.answers
     assert whole.usage.input_tokens > part.usage.input_tokens
+    call = items[2] | {"arguments": '{"order": 7, "carrier": "any"}'}
+    alone, shorter = (decide(client, [PREDICATE], input=[item]) for item in (call, items[2]))
+    assert alone.usage.input_tokens > shorter.usage.input_tokens, "the call is judged"
 
 
 def test_decisions_usage_counts_the_input_once_and_cached_tokens_of_the_second_request(client):
@@ -222,6 +225,8 @@ def test_decisions_long_instructions_return_400_naming_the_question(client):
             {"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]},
             "input[0].call_id",
         ),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
         ({"temperature": 0}, "temperature"),
         ({"min_confidence": 2}, "min_confidence"),
         ({"calibration": "platt"}, "calibration"),

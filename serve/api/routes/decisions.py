@@ -326,13 +326,18 @@ def _transcript(input: str | Sequence[InputItem]) -> str:
     """Return an input as text: a single message alone, others with their roles."""
     if not input and not isinstance(input, str):
         raise missing_parameter("input[0]")
-    messages = template_messages(to_messages(to_items(input)))
+    items = to_items(input)
+    for index, item in enumerate(items):
+        if item["type"] == "item_reference":
+            raise _invalid(f"input[{index}]", "send the item itself instead of its id.")
+    messages = template_messages(to_messages(items))
+    if not messages:
+        raise _invalid("input", "it has no message, call or result to judge.")
+    texts = [" ".join(filter(None, [m["content"], *_calls(m)])) for m in messages]
     if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(
-        " ".join([f"{message['role']}:", message["content"], *_calls(message)])
-        for message in messages
-    )
+        return texts[0]
+    roles = (message["role"] for message in messages)
+    return "\n".join(f"{role}: {text}" for role, text in zip(roles, texts, strict=True))
 
 
 def _calls(message: dict[str, Any]) -> list[str]:
