@@ -46,6 +46,11 @@ class BackgroundRun:
     is_finished: bool = False
     is_cancelled: bool = False
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the response is not queued any more."""
+        return any(event["type"] == "response.in_progress" for event in self.events)
+
     async def collect(
         self, events: AsyncGenerator[Event, None], cancel: Callable[[], Event]
     ) -> None:

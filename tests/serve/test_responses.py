@@ -15,6 +15,7 @@ from tests.serve import scripted
 from tests.serve.conftest import client as open_client
 from tests.serve.test_tools import ADD, CALL_ADD, CALL_NOW, ENCODING
 from tests.serve.tiny_data import TOOL_TEMPLATE
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.heavy
 
@@ -165,6 +166,7 @@ def test_background_response_is_followed_and_read(ask, client):
 def test_background_response_is_cancelled(ask, client):
     """Regression: the stream ended without a last event."""
     response = ask("x" * 1500, "endless", background=True)
+    wait_until(lambda: client.responses.retrieve(response.id).status == "in_progress")
     stream = client.responses.retrieve(response.id, stream=True)
     events = [next(stream) for _ in range(8)]
     cancelled = client.responses.cancel(response.id)

@@ -453,7 +453,10 @@ async def get_response(request: Request, response_id: str) -> Response:
     run = stored.running.get(response_id)
     record = await asyncio.to_thread(stored.get, "response", response_id, owner)
     if not query.stream:
-        return JSONResponse(record["response"])
+        response = record["response"]
+        if run is not None and run.has_started and response["status"] == "queued":
+            response["status"] = "in_progress"  # the record is written again at the end
+        return JSONResponse(response)
     if run is None:
         _check_finished(record["response"])
     first = -1 if query.starting_after is None else query.starting_after
