@@ -27,9 +27,10 @@ from flax import struct
 
 from transformer import attention, cache, kernels, rope
 from transformer.config import GATED_MLPS, Config
+from transformer.kernels.registry import register
 from transformer.layers import embed, linear, norm
 from transformer.remat import recompute
-from transformer.weights import Linear, Norm
+from transformer.weights import BlockWeight, Linear, Norm
 
 
 class Layer(struct.PyTreeNode):
@@ -530,8 +531,37 @@ def forward_cached(
     # A row uses the same factors of LongRoPE while it grows, so that its cached keys stay valid.
     max_length = min(cfg.max_seq_len, tables.shape[1] * cache.BLOCK_SIZE)
     x, angles = embed_tokens(params, cfg, ids, positions, max_length)
+    is_native = ids.shape[1] == 1 and has_native_step(params, cfg)
+    apply_layers = native if is_native else one_by_one
+    return apply_layers(x, params.layers, cfg, kv_cache, angles, tables, starts)
+
+
+@register("decode_layers", "reference")
+def one_by_one(
+    x: jax.Array,
+    layers: tuple[Layer, ...],
+    cfg: Config,
+    kv_cache: cache.KVCache,
+    angles: tuple[tuple[jax.Array, jax.Array] | None, ...],
+    tables: jax.Array,
+    starts: jax.Array,
+) -> tuple[jax.Array, cache.KVCache]:
+    """Apply all layers to the next tokens of each row, one operation after another.
+
+    Args:
+        x: The residual stream, float32 [B, T, D].
+        layers: Weights of the layers.
+        cfg: Config of the decoder.
+        kv_cache: The cache.
+        angles: Rotary angles of each layer, as from `embed_tokens`.
+        tables: As in `forward_cached`.
+        starts: As in `forward_cached`.
+
+    Returns:
+        The residual stream after the last layer, float32 [B, T, D], and the updated cache.
+    """
     keys, values = [], []
-    for i, layer in enumerate(params.layers):
+    for i, layer in enumerate(layers):
         k, v = kv_cache.keys[i], kv_cache.values[i]
         x, k, v = _forward_layer_cached(
             x, layer, k, v, cfg, angles[i], tables, starts, window=cfg.window(i)
@@ -539,6 +569,30 @@ def forward_cached(
         keys.append(k)
         values.append(v)
     return x, cache.KVCache(keys=tuple(keys), values=tuple(values))
+
+
+@register("decode_layers")
+def native(
+    x: jax.Array,
+    layers: tuple[Layer, ...],
+    cfg: Config,
+    kv_cache: cache.KVCache,
+    angles: tuple[tuple[jax.Array, jax.Array] | None, ...],
+    tables: jax.Array,
+    starts: jax.Array,
+) -> tuple[jax.Array, cache.KVCache]:
+    """Apply all layers to one new token of each row as one Numba kernel; see `native/step.py`."""
+    step = kernels.native_module("step")
+    return step.decode_layers(x, layers, cfg, kv_cache, angles, tables, starts)
+
+
+def has_native_step(params: Params, cfg: Config) -> bool:
+    """Whether a decoding step runs all layers as one native call (`native/step.py`)."""
+    if not isinstance(params.layers[0].q.weight, BlockWeight):
+        return False  # and Numba is not imported
+    if kernels.select_impl("decode_layers") != "native":
+        return False
+    return kernels.native_module("step").is_supported(params.layers, cfg)
 
 
 # A nested jit, so that layers of the same shapes are traced once.

@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer import quant
 from transformer.config import Config
 from transformer.decoder import Params, forward, unembed
+from transformer.weights import BlockWeight
 
 
 class LogitLens(NamedTuple):
@@ -219,7 +221,10 @@ def _scale_heads(params: Params, cfg: Config, weights: jax.Array) -> Params:
     layers = []
     for layer, row in zip(params.layers, weights, strict=True):
         columns = jnp.repeat(row, cfg.head_dim)  # [N * H]
-        out = layer.out.replace(weight=layer.out.weight * columns.astype(layer.out.weight.dtype))
+        weight = layer.out.weight
+        if isinstance(weight, BlockWeight):
+            weight = quant.dequantize(weight)
+        out = layer.out.replace(weight=weight * columns.astype(weight.dtype))
         if (lora := out.lora) is not None:  # the input of the adapter is the same
             out = out.replace(lora=lora.replace(a=lora.a * columns.astype(lora.a.dtype)))
         layers.append(layer.replace(out=out))

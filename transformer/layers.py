@@ -16,9 +16,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from transformer import kernels
+from transformer import kernels, quant
 from transformer.kernels import linear
-from transformer.weights import Linear, Norm
+from transformer.weights import BlockWeight, Linear, Norm
 
 __all__ = ["embed", "linear", "norm", "quantize"]
 
@@ -32,6 +32,8 @@ def quantize(p: Linear) -> Linear:
 
 def embed(table: Linear, ids: jax.Array) -> jax.Array:
     """Look up rows of the token embedding: int [...] -> float32 [..., D]."""
+    if isinstance(table.weight, BlockWeight):
+        return quant.take_rows(table.weight, ids)
     rows = table.weight[ids].astype(jnp.float32)
     return rows if table.scale is None else rows * table.scale[ids][..., None]
 

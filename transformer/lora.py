@@ -159,14 +159,15 @@ def merge(params: Params, adapter: Adapter) -> Params:
     """Return the weights with the low-rank product of the adapter added to them.
 
     Raises:
-        ValueError: The weights are int8, which cannot represent the sum; merge before quantizing.
+        ValueError: The weights are int8 or int4, which cannot represent the sum; merge before
+            quantizing.
     """
 
     def add(linear: Linear, lora: Lora) -> Linear:
-        if linear.scale is not None:
+        if linear.is_quantized:
             raise ValueError(
-                "an adapter cannot be merged into int8 weights; use lora.apply, or load the model "
-                "with another dtype"
+                "an adapter cannot be merged into int8 or int4 weights; use lora.apply, or load "
+                "the model with another dtype"
             )
         delta = lora.scale * jnp.dot(lora.b, lora.a, preferred_element_type=jnp.float32)
         weight = linear.weight.astype(jnp.float32) + delta

@@ -59,7 +59,8 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Dtype of the weights; auto chooses the fastest accurate one.")
+        str,
+        typer.Option(help="float32, bfloat16, int8, int4, or auto for the fastest accurate one."),
     ] = "auto",
     sampling_defaults: Annotated[
         Literal["model", "openai"],

@@ -41,7 +41,7 @@ SERVES: dict[str, tuple[str, ...]] = {  # by kind of model: the API tasks that i
     "images": ("images",),
 }
 MAX_NAME = 128  # characters of a name that is compared with patterns
-DTYPES: tuple[Dtype, ...] = ("int8", "bfloat16", "float32")  # narrowest first
+DTYPES: tuple[Dtype, ...] = ("int4", "int8", "bfloat16", "float32")  # narrowest first
 
 
 class CatalogueError(Exception):

@@ -136,8 +136,8 @@ def load_decoder(
         path: a GGUF file or a Hugging Face folder.
         owned_by: the publisher.
         cache_budget: bytes of the KV cache, for all sequences together.
-        dtype: "float32", "bfloat16", "int8", or "auto" for the fastest accurate dtype on this
-            machine.
+        dtype: "float32", "bfloat16", "int8", "int4", or "auto" for the fastest accurate dtype on
+            this machine.
         max_batch_size: the maximum batch size of a decoding step. Programs for larger batches are
             compiled while the first requests run.
         sha256: the SHA-256 of the file in hex; None to compute it.
@@ -281,7 +281,7 @@ def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:
     gaps = [id for id in range(encoding.n_vocab) if id not in known]
     if not gaps:
         return params
-    bias = np.zeros(len(table.weight), np.float32)
+    bias = np.zeros(table.weight.shape[0], np.float32)
     bias[gaps] = -np.inf
     table = dataclasses.replace(table, bias=jnp.asarray(bias))
     return dataclasses.replace(params, **{"embed" if params.head is None else "head": table})

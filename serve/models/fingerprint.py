@@ -1,14 +1,15 @@
 """The system fingerprint of a model: it changes whenever responses may change.
 
 It is OpenAI's `system_fingerprint`: the same fingerprint, seed and request give the same response.
-It is a hash of the weights, the dtype, the machine, the JAX version, and the source code of
-`transformer` and of this package.
+It is a hash of the weights, the dtype, the machine, the versions of JAX and Numba, and the source
+code of `transformer` and of this package.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -46,8 +47,11 @@ def machine_key(weights: str) -> str:
     Args:
         weights: the SHA-256 of the weights, in hex.
     """
-    flags = os.environ.get("XLA_FLAGS", "")  # can restrict the CPU instructions that XLA uses
-    parts = [weights, jax.__version__, platform.machine(), _cpu_model(), os.cpu_count(), flags]
+    # The variables can restrict the CPU instructions that XLA and Numba use.
+    names = ("XLA_FLAGS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
+    flags = " ".join(os.environ.get(name, "") for name in names)
+    versions = [jax.__version__, _version("numba")]
+    parts = [weights, *versions, platform.machine(), _cpu_model(), os.cpu_count(), flags]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -63,6 +67,14 @@ def _code_hash() -> str:
     folders = [Path(transformer.__file__).parent, Path(__file__).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed package, without importing it; None if it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import jax
 import numpy as np
 
 import audio
 from audio import decode, model
-from audio.checkpoint import is_whisper
+from audio.checkpoint import Dtype, is_whisper
 from audio.transcribe import (
     Segment,
     TranscriptionOptions,
@@ -34,9 +34,9 @@ from serve.models import dtypes, fingerprint
 from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.decoder import weights_file
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
-from transformer.checkpoint import Dtype
 from transformer.engine.device import WorkQueue, default_device
 
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 # "auto" is float32 or bfloat16. int8 is a little faster per token, but of 179 spoken words
 # whisper-tiny.en transcribed 7 differently from float32, against 1 in bfloat16.
 _PROBE_TOKENS = 24  # about a sentence
@@ -168,7 +168,7 @@ def load_speech_model(
         id: the id to serve it under.
         path: a folder of Hugging Face's or CTranslate2's layout, with a tokenizer.json.
         owned_by: the publisher.
-        dtype: one of `dtypes.DTYPES`, or "auto" for the faster of `dtypes.FLOAT_DTYPES` on this
+        dtype: one of `DTYPES`, or "auto" for the faster of `dtypes.FLOAT_DTYPES` on this
             machine.
         notify: called with a message for each slow operation.
 
@@ -177,7 +177,7 @@ def load_speech_model(
         ValueError: a file is damaged or of an unknown kind.
     """
     enable_compilation_cache()
-    chosen = dtypes.parse_dtype(dtype, dtypes.DTYPES)
+    chosen = dtypes.parse_dtype(dtype, DTYPES)
     weights = fingerprint.hash_weights(path)
     if chosen is None:
         key = fingerprint.machine_key(weights)
@@ -232,7 +232,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             files.id,
             files.path,
             owned_by=files.publisher,
-            dtype=options.dtype if options.dtype in dtypes.DTYPES else "auto",
+            dtype=options.dtype if options.dtype in DTYPES else "auto",
             notify=options.notify,
         )
 

@@ -56,7 +56,8 @@ DECODE_STEPS = NEW_TOKENS - 2  # number of timed steps; see the docstring above
 PAUSE = 0.3  # seconds between two contenders, so that spinning threads fall asleep
 
 PEER, LLAMA, SERVE = "transformers", "llama.cpp", "serve"
-OURS = {"generate float32": "float32", "generate bfloat16": "bfloat16", "generate int8": "int8"}
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+OURS = {f"generate {dtype}": dtype for dtype in DTYPES}
 PACKAGES = ("jax", "torch", "transformers", "llama-cpp-python")
 
 

@@ -1,8 +1,8 @@
 """The same request and seed give a bitwise identical response under any load.
 
 Two layers of the real chat model are enough: the others repeat the same operations on the same
-shapes. The tests cover batch sizes 2, 4, 8 and 16, with sequences that start, end, and are
-preempted. The slow test at the end uses the complete model over HTTP.
+shapes. The tests cover batch sizes 1 (in int4), 2, 4, 8 and 16, with sequences that start, end, and
+are preempted. The slow test at the end uses the complete model over HTTP.
 """
 
 import random
@@ -21,7 +21,7 @@ from tests.serve import scripted
 from tests.waiting import wait_until
 from transformer import cache, checkpoint
 from transformer.engine import Done, Engine, PrefillDone, SequenceRequest, Token
-from transformer.engine.runner import BUCKETS, CHUNK_SIZE, NUM_SLOTS, Runner
+from transformer.engine.runner import CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 from transformer.sampling import SamplingParams
 
@@ -32,14 +32,14 @@ NUM_BLOCKS = 36
 NUM_IDS = 49152
 
 
-@pytest.fixture(scope="module", params=["int8", "bfloat16"])
+@pytest.fixture(scope="module", params=["int4", "int8", "bfloat16"])
 def runner(request, model_file):
     enable_compilation_cache()
     path = model_file(CHAT)
     params, cfg, _ = checkpoint.load(path, dtype=request.param)
     params, cfg = params.replace(layers=params.layers[:2]), replace(cfg, num_layers=2)
     runner = Runner(params, cfg, NUM_IDS, NUM_BLOCKS, jnp.bfloat16)
-    runner.compile("read", *BUCKETS)
+    runner.compile("read", *runner.batch_sizes)
     return runner
 
 
@@ -160,14 +160,15 @@ def random_body(rng: random.Random, prefixes: list[str]) -> dict:
 
 
 @pytest.mark.slow
-def test_random_requests_over_http_equal_single_requests(model_file):
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_random_requests_over_http_equal_single_requests(model_file, dtype):
     """Requests run alone and with seven others, with and without prefix cache and streaming."""
     served = load_decoder(
         CHAT,
         model_file(CHAT),
         owned_by="test",
         cache_budget=256 * 2**20,
-        dtype="int8",
+        dtype=dtype,
         max_batch_size=16,
     )
     tokenizer = served.tokenizer

@@ -123,7 +123,7 @@ def test_model_pulled_by_command_is_served_until_removed(setup: Setup) -> None:
     checked = setup.run("models", "check", json.loads(done.stdout)["models"][0]["path"], "--json")
     report = json.loads(checked.stdout)
     assert (report["family"], report["template"]) == ("qwen2", "yes")
-    assert report["memory"].keys() == {"int8", "bfloat16", "float32"}
+    assert report["memory"].keys() == {"int4", "int8", "bfloat16", "float32"}
     assert setup.run("rm", id).returncode == 0
     assert id not in setup.ids()
     error = setup.http.post("/v1/chat/completions", json={"model": id, **HI})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.transformer.conftest import VARIANTS, randomize
-from transformer import cache, decoder, lora
+from transformer import cache, decoder, lora, quant
 from transformer.config import Config
 from transformer.layers import quantize
 from transformer.weights import Linear
@@ -37,6 +37,8 @@ def step(params, cfg, kv_cache, ids, tables, starts):
 
 def narrow(params: decoder.Params, dtype: str) -> decoder.Params:
     def change(p):
+        if dtype == "int4":
+            return p.replace(weight=quant.quantize(np.asarray(p.weight), 4))
         return quantize(p) if dtype == "int8" else p.replace(weight=p.weight.astype(jnp.bfloat16))
 
     is_linear = lambda node: isinstance(node, Linear)  # noqa: E731
@@ -45,7 +47,11 @@ def narrow(params: decoder.Params, dtype: str) -> decoder.Params:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, "bfloat16") for name in ("gpt2", "gemma", "qwen3", "adapted")] + [("gemma", "int8")],
+    [
+        *((name, "bfloat16") for name in ("gpt2", "gemma", "qwen3", "adapted")),
+        *((name, "int4") for name in ("llama", "qwen3")),
+        ("gemma", "int8"),
+    ],
 )
 def test_logits_and_keys_of_row_are_bitwise_equal_in_every_batch_size(name, dtype):
     cfg = CONFIGS["llama" if name == "adapted" else name]
@@ -64,10 +70,15 @@ def test_logits_and_keys_of_row_are_bitwise_equal_in_every_batch_size(name, dtyp
     tables = np.arange(1, 33, dtype=np.int32).reshape(16, 2)
     starts = rng.integers(0, 511, 16).astype(np.int32)
     starts[:2] = 300, 17  # one row in its second block and past every window, one in its first
+    sizes = (1, *BUCKETS) if decoder.has_native_step(params, cfg) else BUCKETS
     outputs = {
         size: step(params, cfg, kv_cache, ids[:size], tables[:size], starts[:size])
-        for size in BUCKETS
+        for size in sizes
     }
+    if 1 in outputs:
+        logits, keys = outputs[1]
+        np.testing.assert_array_equal(logits, outputs[2][0][:1], err_msg="one row")
+        np.testing.assert_array_equal(keys[1:3], outputs[2][1][1:3], err_msg="one row")
     for size in BUCKETS[1:]:
         logits, keys = outputs[size]
         np.testing.assert_array_equal(logits[:2], outputs[2][0], err_msg=f"{size} rows")

@@ -18,7 +18,12 @@ pytestmark = pytest.mark.heavy
 
 RNG = np.random.default_rng(0)
 ALL_IMPLS = [(operation, impl) for operation, impls in kernels.IMPLS.items() for impl in impls]
-ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}  # tolerance / largest value
+ROUNDING = {
+    "float32": 1e-5,
+    "bfloat16": 1e-2,
+    "int8": 3e-2,
+    "int4": 3e-2,
+}  # tolerance / largest value
 
 
 def normal(*shape: int) -> jax.Array:
@@ -44,7 +49,7 @@ def test_implementation_has_parameters_of_reference(operation, impl):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 2, 7, kernels.MANY_ROWS])
 def test_matmul_matches_reference(rows, dtype):
     p = decoder_cases.as_dtype(Linear(weight=normal(48, 96)), dtype)
@@ -56,10 +61,9 @@ def test_matmul_matches_reference(rows, dtype):
             available.append(impl)
         except kernels.Unavailable as error:
             assert f"matmul {impl} " in str(error)
-    expected = [None, "reference"]
-    expected += ["int8"] if dtype == "int8" else ["dot", "batched", "split_weight"]
-    expected += ["pad_to_two_rows"] if rows == 1 and dtype != "int8" else []
-    assert available == expected
+    floats = ["dot", "batched", "split_weight", *["pad_to_two_rows"] * (rows == 1)]
+    integers = {"int8": ["int8"], "int4": ["dequantized", "native"]}
+    assert available == [None, "reference", *integers.get(dtype, floats)]
 
 
 def test_default_matmul_depends_on_rows_and_dtype():

@@ -127,7 +127,7 @@ def next_token_loss(
         weights of correct predictions, and the number of tokens.
 
     Raises:
-        ValueError: the weights are int8, which have no gradients.
+        ValueError: the weights are int8 or int4, which have no gradients.
     """
     ids, segments = batch["ids"], batch["segments"]
     params = cast_params(params, dtype)
@@ -158,7 +158,7 @@ def cast_params(params: Params, dtype: Dtype) -> Params:
         dtype: "float32" or "bfloat16".
 
     Raises:
-        ValueError: `dtype` is not one of these, or the weights are int8.
+        ValueError: `dtype` is not one of these, or the weights are int8 or int4.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16' for training, got {dtype!r}")
@@ -166,8 +166,10 @@ def cast_params(params: Params, dtype: Dtype) -> Params:
     def cast(node):
         if not isinstance(node, Linear):
             return node
-        if node.scale is not None:
-            raise ValueError("int8 weights cannot be trained; load float32 or bfloat16 weights")
+        if node.is_quantized:
+            raise ValueError(
+                "int8 and int4 weights cannot be trained; load float32 or bfloat16 weights"
+            )
         adapter = node.lora
         if adapter is not None:
             adapter = replace(adapter, a=adapter.a.astype(dtype), b=adapter.b.astype(dtype))

@@ -17,13 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import cache, decoder, encoder, generate, kernels, layers, quarot, rope, sampling
+from transformer import (
+    cache,
+    decoder,
+    encoder,
+    generate,
+    kernels,
+    layers,
+    quant,
+    quarot,
+    rope,
+    sampling,
+)
 from transformer.bench.case import Case, in_float64
 from transformer.config import GATED_MLPS, Config
 from transformer.kernels import exact
 from transformer.weights import Linear
 
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("float32", "bfloat16", "int8", "int4")
 PROMPT_LENGTH = 256  # number of tokens in the prefill cases
 
 SMOLLM2 = Config(
@@ -428,7 +439,7 @@ def as_dtype(tree: Any, dtype: str, *, skip_modules: Collection[str] = ()) -> An
 
     Args:
         tree: Pytree of weights in float32.
-        dtype: "float32", "bfloat16" or "int8".
+        dtype: "float32", "bfloat16", "int8" or "int4".
         skip_modules: Names of linear layers that become bfloat16 if `dtype` is "int8"; see
             `quarot.int8_skip_modules`.
 
@@ -439,7 +450,11 @@ def as_dtype(tree: Any, dtype: str, *, skip_modules: Collection[str] = ()) -> An
     def convert(key_path, node):
         if not isinstance(node, Linear) or dtype == "float32":
             return node
-        if dtype == "int8" and not (key_path and _name(key_path) in skip_modules):
+        name = _name(key_path) if key_path else ""
+        if dtype == "int4" and quant.has_blocks(node.weight.shape):
+            bits = quant.bits_of(name)
+            return node.replace(weight=quant.quantize(np.asarray(node.weight), bits))
+        if dtype == "int8" and name not in skip_modules:
             return layers.quantize(node)
         return node.replace(weight=node.weight.astype(jnp.bfloat16))
 
@@ -517,13 +532,19 @@ def _model_bytes(cfg: Config, dtype: str) -> float:
     total = 0.0
     for key_path, leaf in leaves:
         if _is_linear(leaf):
-            is_skipped = dtype == "int8" and _name(key_path) in quarot.int8_skip_modules(cfg)
-            leaf_dtype = "bfloat16" if is_skipped else dtype
-            size = np.prod(leaf.weight.shape) * jnp.dtype(leaf_dtype).itemsize
+            size = np.prod(leaf.weight.shape) * _bytes_per_weight(key_path, leaf, cfg, dtype)
             if len(leaf.weight.shape) == 3:  # one token reads some of the experts
                 size *= (cfg.num_experts_per_tok or 1) / leaf.weight.shape[0]
             total += size
     return total
+
+
+def _bytes_per_weight(key_path: tuple, leaf: Linear, cfg: Config, dtype: str) -> float:
+    name = _name(key_path) if key_path else "head"
+    if dtype == "int4" and quant.has_blocks(leaf.weight.shape):
+        return quant.GROUP_BYTES[quant.bits_of(name)] / (quant.GROUP * quant.BLOCK)
+    is_skipped = dtype == "int4" or dtype == "int8" and name in quarot.int8_skip_modules(cfg)
+    return jnp.dtype("bfloat16" if is_skipped else dtype).itemsize
 
 
 def kv_bytes_per_token(cfg: Config, dtype: str) -> int:

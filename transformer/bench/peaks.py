@@ -34,11 +34,12 @@ class Peaks:
         Args:
             flops: Number of floating-point operations.
             num_bytes: Number of bytes that must be moved.
-            dtype: Dtype of the matrix products.
+            dtype: Dtype of the matrix products. Products with int4 blocks are sums of int8.
 
         Returns:
             (seconds, bound).
         """
+        dtype = "int8" if dtype == "int4" else dtype
         memory_seconds = num_bytes / self.bytes_per_second
         arithmetic_seconds = flops / self.flops_per_second[dtype]
         return max((memory_seconds, "memory"), (arithmetic_seconds, "arithmetic"))

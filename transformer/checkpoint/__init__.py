@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import gguf_config, hf_config, quarot
+from transformer import gguf_config, hf_config, quant, quarot
 from transformer.checkpoint import gguf, safetensors
 from transformer.checkpoint.gguf import LazyTensor
 from transformer.checkpoint.names import (
@@ -30,11 +30,11 @@ from transformer.checkpoint.names import (
 )
 from transformer.config import Config
 from transformer.decoder import Params, abstract
-from transformer.weights import Linear
+from transformer.weights import BlockWeight, Linear
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["float32", "bfloat16", "int8"]
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 # Rotary frequencies and masks that some exporters store, although they follow from the config.
 _IGNORED_TENSORS = (
@@ -83,7 +83,9 @@ def load(
         path: A `.gguf` file, or a folder with config.json and safetensors.
         dtype: Dtype of the weights of linear maps and of the embedding; norms and biases are always
             float32. "int8" also rotates the weights (`quarot.py`), or keeps the output projections
-            in bfloat16 if they cannot be rotated.
+            in bfloat16 if they cannot be rotated. "int4" stores blocks of 4 bits, or of 8 bits for
+            the embedding, the head, and tensors that have more than 4 bits in the file; weights of
+            experts, and weights whose rows cannot be cut into blocks, are bfloat16.
         on_progress: Called with the fraction of the tensors loaded so far, from 0 to 1.
         header: Result of `read_header(path)`, if the caller has read it already.
 
@@ -204,9 +206,13 @@ def build_params(
             if is_rotated and name in quarot.INPUT_PROJECTIONS:  # a router
                 array = quarot.rotate_input_weight(array, norm_weight(key_path))
             return jnp.asarray(array)
-        slabs = _slabs(node.weight, info.weight.shape, tensors, cfg)
         bias = None if node.bias is None else _read(node.bias, info.bias.shape, tensors, cfg)
-        is_skipped = dtype == "int8" and name in quarot.int8_skip_modules(cfg)
+        if dtype == "int4" and quant.has_blocks(info.weight.shape):
+            bias = None if bias is None else jnp.asarray(bias)
+            bits = quant.bits_of(name, tensors[node.weight.name].dtype)
+            return Linear(_block_weight(node.weight, info.weight.shape, tensors, cfg, bits), bias)
+        slabs = _slabs(node.weight, info.weight.shape, tensors, cfg)
+        is_skipped = dtype == "int4" or (dtype == "int8" and name in quarot.int8_skip_modules(cfg))
         if is_rotated and name in quarot.OUTPUT_PROJECTIONS:
             slabs = _rotated_outputs(slabs, info.weight.shape[-2:])
             if bias is not None:  # a row vector like x, or one for each expert
@@ -347,12 +353,12 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
         cfg: Config of the decoder.
 
     Raises:
-        ValueError: The weights are int8, which the Hugging Face layout cannot store, or no
+        ValueError: The weights are int8 or int4, which the Hugging Face layout cannot store, or no
             Hugging Face model type matches the config.
     """
-    if params.embed.scale is not None:
+    if params.embed.is_quantized:
         raise ValueError(
-            "int8 weights cannot be saved; save the float weights they were quantized from"
+            "int8 and int4 weights cannot be saved; save the float weights they were made from"
         )
     config = hf_config.to_hf(cfg)
     parts_by_tensor: dict[str, list[np.ndarray]] = {}
@@ -406,6 +412,34 @@ def _make_linear(
     )
 
 
+def _block_weight(
+    source: TensorSource,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, LazyTensor],
+    cfg: Config,
+    bits: int,
+) -> BlockWeight:
+    """Return a weight [out, in] in blocks, with the integers of the file where it has such blocks.
+
+    Args:
+        source: Source of the weight.
+        shape: Shape of the weight.
+        tensors: Tensors by name.
+        cfg: Config of the decoder.
+        bits: Bits of the blocks, 4 or 8.
+    """
+    num_rows, num_columns = shape
+    tensor = tensors[source.name]
+    groups = quant.empty(num_rows, num_columns, bits)
+    is_exact = tensor.read_raw is not None and tensor.dtype in quant.GGUF_BITS
+    is_exact = is_exact and not source.is_transposed and quant.GGUF_BITS[tensor.dtype] == bits
+    quantize = quant.quantize_4bit if bits == 4 else quant.quantize_8bit
+    for start, rows in _slabs(source, shape, tensors, cfg, is_raw=is_exact):
+        blocks = quant.from_gguf(rows, tensor.dtype) if is_exact else quantize(rows)
+        quant.pack(groups, start, blocks)
+    return quant.from_groups(groups, num_rows)
+
+
 def _aligned_empty(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     """Return an array that JAX takes on a CPU without a copy: it begins at a multiple of 64."""
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -420,7 +454,12 @@ def _read(source: TensorSource, shape: tuple[int, ...], tensors, cfg: Config) ->
 
 
 def _slabs(
-    weight: TensorSource, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor], cfg: Config
+    weight: TensorSource,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, LazyTensor],
+    cfg: Config,
+    *,
+    is_raw: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield a weight in slabs: (index of the first row, float32 rows), in order.
 
@@ -431,6 +470,7 @@ def _slabs(
         shape: Shape of the weight.
         tensors: Tensors by name.
         cfg: Config of the decoder.
+        is_raw: Whether to yield the bytes of the rows as in the file (`LazyTensor.read_raw`).
     """
     if weight.has_experts:
         for e in range(shape[0]):
@@ -438,14 +478,15 @@ def _slabs(
             yield e * shape[1], rows_of(rows.T if weight.is_transposed else rows, weight, shape[1])
         return
     for e, (source, part) in enumerate(tensors_of(weight, shape)):
-        for start, rows in _slabs_of_tensor(source, part, tensors[source.name], cfg):
+        for start, rows in _slabs_of_tensor(source, part, tensors[source.name], cfg, is_raw):
             yield e * part[0] + start, rows
 
 
 def _slabs_of_tensor(
-    source: TensorSource, shape: tuple[int, ...], tensor: LazyTensor, cfg: Config
+    source: TensorSource, shape: tuple[int, ...], tensor: LazyTensor, cfg: Config, is_raw: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
-    read, first = tensor.read, source.first_row
+    read, first = tensor.read_raw if is_raw else tensor.read, source.first_row
+    assert read is not None
     if source.is_transposed:
         yield 0, read(0, shape[1]).T[first : first + shape[0]]
         return

@@ -43,6 +43,9 @@ class LazyTensor:
     read: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, ...]
     path: Path  # the file, for error messages
     dtype: str = ""  # the dtype in the file, as the file format names it: "BF16", "Q4_K"
+    # (start, stop) -> the bytes of these rows as in the file, uint8 [stop - start, bytes per row];
+    # None if the file does not store a matrix row by row.
+    read_raw: Callable[[int, int], np.ndarray] | None = None
 
 
 class _Reader:
@@ -238,11 +241,13 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
             raise ValueError(
                 f"{path}: tensor {name!r} must have 1 to 3 axes in a decoder, got {len(shape)}"
             )
+        raw = raw.reshape(num_rows, row_bytes)
         tensors[name] = LazyTensor(
             shape,
-            _row_reader(raw.reshape(num_rows, row_bytes), shape, quantization),
+            _row_reader(raw, shape, quantization),
             path,
             quantization.name,
+            _raw_reader(raw) if len(shape) == 2 else None,
         )
     return metadata, tensors
 
@@ -302,6 +307,11 @@ def _can_dequantize(quantization: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _raw_reader(raw: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    """Return the function `LazyTensor.read_raw` of a matrix; the arguments are of `_row_reader`."""
+    return lambda start, stop: raw[start:stop]
 
 
 def _row_reader(

@@ -27,7 +27,7 @@ from transformer.config import Config
 from transformer.decoder import Params
 from transformer.engine.device import Device
 from transformer.engine.engine import Engine
-from transformer.engine.runner import BUCKETS, CHUNK_SIZE, NUM_SLOTS, Runner
+from transformer.engine.runner import CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 
 MAX_WAITING = 256  # maximum number of queued requests; further requests raise Busy
@@ -119,7 +119,7 @@ def start_engine(
     _trim_heap()
     scheduler = Scheduler(NUM_SLOTS, runner.num_blocks, cache.BLOCK_SIZE, CHUNK_SIZE, MAX_WAITING)
     engine = Engine(runner, scheduler, runner.context, device, clock=clock, on_speed=on_speed)
-    if larger := [size for size in BUCKETS[1:] if size <= max_batch_size]:
+    if larger := [size for size in runner.batch_sizes[1:] if size <= max_batch_size]:
         # Not a daemon thread, because a process that exits while XLA compiles would crash. The
         # references are weak so that this thread does not keep an unloaded model in memory.
         arguments = (weakref.ref(runner), weakref.ref(engine), [*larger, "score"])

@@ -1,7 +1,8 @@
 """The computation of the engine: one prefill chunk of a prompt, or one decoding step of a batch.
 
 A batch is padded to one of a few sizes, so that few programs have to be compiled. The smallest size
-is two, because on a CPU a matrix product with one row is slow in bfloat16 and int8. Programs are
+is two, because XLA's matrix products with one row are slow in bfloat16 and int8 on a CPU, or one
+with native kernels. Programs are
 compiled ahead of time, on any thread, while the device uses smaller programs that are ready; the
 results are bitwise identical for every batch size. JAX can cache compiled programs on disk.
 """
@@ -9,6 +10,7 @@ results are bitwise identical for every batch size. JAX can cache compiled progr
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ import numpy as np
 
 from transformer import cache, generate, lora, sampling
 from transformer.config import Config
-from transformer.decoder import Params
+from transformer.decoder import Params, has_native_step
 from transformer.engine.requests import SequenceRequest
 from transformer.engine.scheduler import Sequence
 from transformer.sampling import SampleOutput, SamplingParams
@@ -120,7 +122,13 @@ class Runner:
     @property
     def max_batch_size(self) -> int:
         """Return the largest batch size for which a decoding step is compiled."""
-        return max((size for size in BUCKETS if size in self._programs), default=BUCKETS[0])
+        sizes = [size for size in self.batch_sizes if size in self._programs]
+        return max(sizes, default=self.batch_sizes[0])
+
+    @functools.cached_property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Return the batch sizes of a decoding step, the smallest first."""
+        return (1, *BUCKETS) if has_native_step(self._params, self.cfg) else BUCKETS
 
     def compile(self, *names: str | int) -> None:
         """Compile programs, or load them from JAX's cache on disk; can be called from any thread.
@@ -251,7 +259,7 @@ class Runner:
             The sampled tokens as arrays on the host. The first `len(sequences)` rows are those of
             the sequences; further rows are padding.
         """
-        size = next(size for size in BUCKETS if size >= len(sequences))
+        size = next(size for size in self.batch_sizes if size >= len(sequences))
         output, self._cache, self._penalty_state = self._program(size)(
             self._params, self._cache, self._penalty_state, *self._step_inputs(sequences, size)
         )

@@ -58,6 +58,7 @@ from transformer.kernels.registry import (
     MANY_ROWS,
     Unavailable,
     get_impl,
+    native_module,
     override,
     select_impl,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "matmul",
     "mixture",
     "mlp",
+    "native_module",
     "norm",
     "norms",
     "matmuls",

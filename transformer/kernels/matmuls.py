@@ -17,7 +17,10 @@ import os
 import jax
 import jax.numpy as jnp
 
+from transformer import quant
+from transformer.kernels import registry
 from transformer.kernels.registry import Unavailable, register
+from transformer.weights import BlockWeight
 
 # A power of two, so that it divides the width of nearly every weight.
 _CORES = 2 ** int(math.log2(min(os.cpu_count() or 1, 8)))
@@ -27,6 +30,8 @@ _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 @register("matmul")
 def reference(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """Convert the weight to the dtype of the rows and multiply with the highest precision."""
+    if isinstance(weight, BlockWeight):
+        weight = quant.dequantize(weight)
     widened = weight.astype(rows.dtype)
     if scale is not None:
         widened = widened * scale[:, None]
@@ -116,9 +121,9 @@ def pad_to_two_rows(
 @register("matmul")
 def int8(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """Quantize the rows to int8 with one scale per row, then multiply in exact integer math."""
-    if weight.dtype != jnp.int8 or scale is None:
+    if scale is None or isinstance(weight, BlockWeight) or weight.dtype != jnp.int8:
         raise Unavailable(
-            f"the implementation matmul int8 takes int8 weights with scales, got {weight.dtype}"
+            f"the implementation matmul int8 takes int8 weights with scales, got {_dtype(weight)}"
         )
     num_rows = len(rows)
     if num_rows == 1:
@@ -129,10 +134,37 @@ def int8(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> 
     return (y.astype(jnp.float32) * row_scale * scale)[:num_rows]  # [R, out]
 
 
+@register("matmul")
+def dequantized(rows: jax.Array, weight: BlockWeight, scale: jax.Array | None = None) -> jax.Array:
+    """Convert a weight in blocks to float32 on each call, then multiply."""
+    _require_blocks("dequantized", weight)
+    return batched(rows, quant.dequantize(weight))
+
+
+@register("matmul")
+def native(rows: jax.Array, weight: BlockWeight, scale: jax.Array | None = None) -> jax.Array:
+    """Multiply with a weight in blocks by a Numba kernel; see `native/products.py`."""
+    _require_blocks("native", weight)
+    return registry.native_module("products").matmul(rows, weight)
+
+
+def _require_blocks(impl: str, weight: jax.Array | BlockWeight) -> None:
+    if not isinstance(weight, BlockWeight):
+        raise Unavailable(
+            f"the implementation matmul {impl} takes weights in blocks, got {weight.dtype}"
+        )
+
+
 def _pad_to_two(row: jax.Array) -> jax.Array:
     return jnp.concatenate([row, jnp.zeros_like(row)])
 
 
 def _reject_int8(impl: str, weight: jax.Array) -> None:
-    if weight.dtype == jnp.int8:
-        raise Unavailable(f"the implementation matmul {impl} takes float weights, got int8")
+    if isinstance(weight, BlockWeight) or weight.dtype == jnp.int8:
+        raise Unavailable(
+            f"the implementation matmul {impl} takes float weights, got {_dtype(weight)}"
+        )
+
+
+def _dtype(weight: jax.Array | BlockWeight) -> str:
+    return "blocks" if isinstance(weight, BlockWeight) else str(weight.dtype)

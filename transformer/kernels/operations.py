@@ -11,17 +11,21 @@ import jax
 import jax.numpy as jnp
 
 from transformer.kernels import registry
-from transformer.weights import Linear
+from transformer.weights import BlockWeight, Linear
 
 
 def matmul(
-    rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None, *, impl: str | None = None
+    rows: jax.Array,
+    weight: jax.Array | BlockWeight,
+    scale: jax.Array | None = None,
+    *,
+    impl: str | None = None,
 ) -> jax.Array:
-    """Compute `rows @ (weight * scale).T`, accumulated in float32 (int32 for int8).
+    """Compute `rows @ (weight * scale).T`, accumulated in float32 (int32 for integers).
 
     Args:
         rows: float32 [R, in].
-        weight: float32, bfloat16 or int8 [out, in]; its dtype is the dtype of the product.
+        weight: float32, bfloat16, int8 or blocks [out, in], the dtype of the product.
         scale: Scale per output row of int8 weights, float32 [out].
         impl: Name of the implementation; None means the default.
 
@@ -31,8 +35,9 @@ def matmul(
     count = (
         ", one row" if len(rows) == 1 else ", many rows" if len(rows) >= registry.MANY_ROWS else ""
     )
+    kind = "blocks" if isinstance(weight, BlockWeight) else f"{weight.dtype}{count}"
     with jax.named_scope("matmul"):
-        return _resolve_impl("matmul", f"matmul {weight.dtype}{count}", impl)(rows, weight, scale)
+        return _resolve_impl("matmul", f"matmul {kind}", impl)(rows, weight, scale)
 
 
 def norm(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
-Implementation = Callable[..., jax.Array]
+Implementation = Callable[..., Any]
 _F = TypeVar("_F", bound=Implementation)
 
 # Operation -> name of the implementation -> function. The first implementation is the reference.
@@ -35,6 +36,8 @@ DEFAULT_IMPL: dict[str, dict[str, str]] = {
         "matmul int8": "int8",
         "matmul int8, one row": "int8",
         "matmul int8, many rows": "int8",
+        "matmul blocks": "native",
+        "decode_layers": "native",
         "norm": "sum_by_matmul",
         "rotate": "halves",
         "attend": "blockwise",
@@ -53,6 +56,8 @@ DEFAULT_IMPL: dict[str, dict[str, str]] = {
         "matmul int8": "int8",
         "matmul int8, one row": "int8",
         "matmul int8, many rows": "int8",
+        "matmul blocks": "dequantized",
+        "decode_layers": "reference",
         "norm": "sum_by_matmul",
         "rotate": "halves",
         "attend": "reference",
@@ -63,6 +68,12 @@ DEFAULT_IMPL: dict[str, dict[str, str]] = {
     },
 }
 
+# Numba compiles the kernels of `transformer.native`; without it, XLA computes everything.
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+if not HAS_NUMBA:
+    for _kind in ("matmul blocks", "decode_layers"):
+        DEFAULT_IMPL["cpu"][_kind] = DEFAULT_IMPL["default"][_kind]
+
 _overrides: dict[str, str] = {}  # operation -> implementation, inside `override`
 
 
@@ -70,8 +81,12 @@ class Unavailable(ValueError):
     """Raised when an implementation does not support the platform or the arguments."""
 
 
-def register(operation: str) -> Callable[[_F], _F]:
-    """Return a decorator that registers a function in `IMPLS[operation]` under its name.
+def register(operation: str, name: str | None = None) -> Callable[[_F], _F]:
+    """Return a decorator that registers a function in `IMPLS[operation]`.
+
+    Args:
+        operation: Name of the operation.
+        name: Name of the implementation; None means that of the function.
 
     Raises:
         ValueError: The operation has another implementation of this name.
@@ -79,8 +94,9 @@ def register(operation: str) -> Callable[[_F], _F]:
 
     def add(function: _F) -> _F:
         impls = IMPLS.setdefault(operation, {})
-        if impls.setdefault(function.__name__, function) is not function:
-            raise ValueError(f"{operation} already has an implementation {function.__name__!r}")
+        impl = name or function.__name__
+        if impls.setdefault(impl, function) is not function:
+            raise ValueError(f"{operation} already has an implementation {impl!r}")
         return function
 
     return add
@@ -141,6 +157,19 @@ def get_impl(operation: str, impl: str) -> Implementation:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import {impl!r} for {operation}: {error}") from error
+
+
+def native_module(name: str) -> Any:
+    """Return a module of `transformer.native`, imported and compiled when it is needed.
+
+    Raises:
+        Unavailable: Numba is not installed, or the platform is not the CPU.
+    """
+    if not HAS_NUMBA:
+        raise Unavailable("native kernels need Numba: pip install numba")
+    if jax.default_backend() != "cpu":
+        raise Unavailable(f"native kernels are for the CPU, got {jax.default_backend()}")
+    return importlib.import_module(f"transformer.native.{name}")
 
 
 def select_impl(kind: str) -> str:
