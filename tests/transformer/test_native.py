@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -328,6 +329,37 @@ def test_product_uses_dot_product_instruction_of_this_cpu(name, num_integers):
     function = ffi.nb.njit(error_model="numpy")(getattr(products, name).py_func)
     function.compile(signature)
     assert dot_instruction() in function.inspect_asm(signature)
+
+
+PRODUCTS = """
+import hashlib
+import numpy as np
+from transformer import quant
+from transformer.native import products, simd
+x = np.random.default_rng(0).standard_normal((5, 96)).astype(np.float32)
+w = np.random.default_rng(1).standard_normal((20, 96)).astype(np.float32)
+y = [np.asarray(products.matmul(x, quant.quantize(w, bits))) for bits in (4, 8)]
+print(simd.HAS_AVX2, hashlib.sha256(b"".join(a.tobytes() for a in y)).hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the features are those of x86")
+def test_form_for_any_machine_computes_the_same_bits(tmp_path):
+    """Compile for a processor without AVX2 and conversions of float16, in a process of its own."""
+    features = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"}
+    outputs = []
+    for variables in ({}, features):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(transformer.__file__).parents[1]),
+            "NUMBA_CACHE_DIR": str(tmp_path),
+            **variables,
+        }
+        command = [sys.executable, "-c", PRODUCTS]
+        outputs.append(subprocess.check_output(command, env=environment, text=True).split())
+    assert outputs[1][0] == "False"
+    assert outputs[0][1] == outputs[1][1]
 
 
 def test_cache_folder_that_cannot_be_written_turns_the_cache_off(monkeypatch, tmp_path, caplog):

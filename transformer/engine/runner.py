@@ -57,6 +57,7 @@ class Runner:
     ):
         self._params, self.cfg, self._num_ids = params, cfg, num_ids
         self.num_blocks, self._cache_dtype, self._notify = num_blocks, cache_dtype, notify
+        self.batch_sizes  # noqa: B018 (compile native kernels before the programs that need them)
         self._table_width = min(cache.blocks_for(cfg.max_seq_len), num_blocks)
         self._programs: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
@@ -127,8 +128,15 @@ class Runner:
 
     @functools.cached_property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Return the batch sizes of a decoding step, the smallest first."""
-        return (1, *BUCKETS) if has_native_step(self._params, self.cfg) else BUCKETS
+        """Return the batch sizes of a decoding step, the smallest first.
+
+        The first call in a process can compile the native kernels.
+        """
+        started = time.perf_counter()
+        is_native = has_native_step(self._params, self.cfg)
+        if (seconds := time.perf_counter() - started) > SLOW_COMPILE_SECONDS:
+            self._notify(f"native kernels: compiled or loaded from disk in {seconds:.1f} s")
+        return (1, *BUCKETS) if is_native else BUCKETS
 
     def compile(self, *names: str | int) -> None:
         """Compile programs, or load them from JAX's cache on disk; can be called from any thread.

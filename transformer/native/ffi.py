@@ -45,13 +45,12 @@ log = logging.getLogger(__name__)
 def _use_cache_folder() -> bool:
     """Make Numba cache in a folder for this version of the sources; return whether it can.
 
-    The environment variable NUMBA_CACHE_DIR chooses another folder.
+    The environment variable NUMBA_CACHE_DIR chooses another parent folder.
     """
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        return True
     sources = sorted(Path(__file__).parent.glob("*.py"))
     version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    folder = platformdirs.user_cache_path("pellucid") / "native" / version
+    parent = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("pellucid")
+    folder = Path(parent) / "native" / version
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

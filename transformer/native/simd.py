@@ -19,6 +19,7 @@ See the Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 
 import llvmlite.binding as llvm
@@ -59,6 +60,7 @@ def cpu_features() -> frozenset[str]:
 
 _FEATURES = cpu_features()
 HAS_AVX2 = "avx2" in _FEATURES
+HAS_F16C = "f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
 HAS_VNNI = {"avx512vnni", "avx512vl"} <= _FEATURES or "avxvnni" in _FEATURES
 
 
@@ -131,8 +133,15 @@ def load_f32(b, address):
 
 @_operation(Floats(intp))
 def load_f16(b, address):
-    """Load eight float16 and convert them to float32."""
-    return b.fpext(_load(b, address, ir.VectorType(ir.HalfType(), 8)), Floats.ir)
+    """Load eight float16, which are finite, and convert them to float32."""
+    if HAS_F16C:
+        return b.fpext(_load(b, address, ir.VectorType(ir.HalfType(), 8)), Floats.ir)
+    # The exponent moves to its place in a float32; its bias differs by 112.
+    bits = b.zext(_load(b, address, ir.VectorType(_I16, 8)), Ints.ir)
+    size = b.shl(b.and_(bits, _constant(Ints.ir, 0x7FFF)), _constant(Ints.ir, 13))
+    size = b.fmul(b.bitcast(size, Floats.ir), _constant(Floats.ir, 2.0**112))
+    sign = b.shl(b.and_(bits, _constant(Ints.ir, 0x8000)), _constant(Ints.ir, 16))
+    return b.bitcast(b.or_(b.bitcast(size, Ints.ir), sign), Floats.ir)
 
 
 @_operation(Floats(intp))
