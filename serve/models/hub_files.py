@@ -59,9 +59,7 @@ class Candidate:
     @property
     def dtype(self) -> Dtype:
         """Return the narrowest dtype that keeps the precision of the file."""
-        if self.bits > 9:
-            return "float32" if self.bits > 16 else "bfloat16"
-        return "int8" if self.bits > 5 else "int4"
+        return "float32" if self.bits > 16 else "bfloat16" if self.bits > 9 else "int8"
 
     def memory(self, dtype: Dtype) -> int:
         """Return the bytes that the model needs in a dtype, without its KV cache."""
@@ -160,13 +158,13 @@ def choose(
         return fits, cached.issuperset(option.weights), bits, option.label == "safetensors"
 
     best = max(options, key=preference)
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "int4")
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")
     start = dtypes.index(best.dtype)
     for dtype in dtypes[start:]:
         if best.memory(dtype) <= free:
             return best, dtype
     raise DoesNotFit(
-        f"{repo} needs {human_size(best.memory('int4'))} of memory in int4, and "
+        f"{repo} needs {human_size(best.memory('int8'))} of memory in int8, and "
         f"{human_size(free)} are available: choose a smaller model"
     )
 

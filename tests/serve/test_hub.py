@@ -128,7 +128,7 @@ ALL = [option(label) for label in ("safetensors", "F32", "F16", "Q8_0", "Q6_K", 
         ("all", 2, "Q8_0", "int8"),  # 16 bits in memory do not fit, so 16 bits on disk are waste
         ("F16 Q8_0 Q4_K_M", 4, "F16", "bfloat16"),
         ("Q6_K Q4_K_M", 10, "Q6_K", "int8"),
-        ("Q4_K_M IQ2_XS", 2, "Q4_K_M", "int4"),
+        ("Q4_K_M IQ2_XS", 2, "Q4_K_M", "int8"),
         ("safetensors", 2, "safetensors", "int8"),
         ("F32 F16", 2, "F16", "int8"),
     ],

@@ -32,7 +32,9 @@ NUM_BLOCKS = 36
 NUM_IDS = 49152
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "bfloat16"])
+@pytest.fixture(
+    scope="module", params=["int4", "bfloat16", pytest.param("int8", marks=pytest.mark.slow)]
+)
 def runner(request, model_file):
     enable_compilation_cache()
     path = model_file(CHAT)

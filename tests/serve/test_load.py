@@ -67,15 +67,15 @@ def test_weight_bytes_is_close_to_loaded_size(model_file):
 def test_fitting_dtypes_depend_on_available_memory(monkeypatch):
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)  # 256 M weights and some
     set_available_memory(monkeypatch, 20)
-    assert dtypes.fitting_dtypes("m", cfg, GIGA) == dtypes.DTYPES
+    assert dtypes.fitting_dtypes("m", cfg, GIGA) == dtypes.AUTO_DTYPES
     set_available_memory(monkeypatch, 2)
-    assert dtypes.fitting_dtypes("m", cfg, GIGA) == ("int4", "int8", "bfloat16")
+    assert dtypes.fitting_dtypes("m", cfg, GIGA) == ("int8", "bfloat16")
     set_available_memory(monkeypatch, 1.7)
-    assert dtypes.fitting_dtypes("m", cfg, GIGA) == ("int4", "int8")
+    assert dtypes.fitting_dtypes("m", cfg, GIGA) == ("int8",)
     with pytest.raises(MemoryError, match=naming("m", "float32", "1.3 GB") + r"(?=.*\b2\.\d GB)"):
         dtypes.fitting_dtypes("m", cfg, GIGA, ("float32",))
-    set_available_memory(monkeypatch, 1.4)
-    with pytest.raises(MemoryError, match=naming("m", "int4", "1.4 GB")):
+    set_available_memory(monkeypatch, 1.5)
+    with pytest.raises(MemoryError, match=naming("m", "int8", "1.5 GB")):
         dtypes.fitting_dtypes("m", cfg, GIGA)
 
 
@@ -145,12 +145,12 @@ def test_load_reads_weights_file_header_once(home, tmp_path, monkeypatch):
 
 def test_choose_dtype_with_one_candidate_does_not_measure(home, model_file, monkeypatch):
     path, lines = model_file(CHAT), []
-    set_available_memory(monkeypatch, 0.68)
+    set_available_memory(monkeypatch, 0.75)
     cfg = checkpoint.read_config(path)
     chosen = dtypes.choose_dtype(CHAT, path, cfg, "fp", GIGA // 4, lines.append)
-    assert chosen == "int4"
-    assert [line.split()[1] for line in lines[:3]] == ["int8", "bfloat16", "float32"]
-    assert names(lines[3], "int4")
+    assert chosen == "int8"
+    assert [line.split()[1] for line in lines[:2]] == ["bfloat16", "float32"]
+    assert names(lines[2], "int8")
     assert not (home / "formats.json").exists(), "a choice forced by memory is not cached"
 
 
@@ -159,10 +159,10 @@ def test_choose_dtype_is_cached(home, tmp_path):
     path, lines = tiny.model(tmp_path), []
     cfg = checkpoint.read_config(path)
     chosen = dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lines.append)
-    assert [line.split()[0] for line in lines[1:5]] == ["float32", "bfloat16", "int8", "int4"]
+    assert [line.split()[0] for line in lines[1:4]] == ["float32", "bfloat16", "int8"]
     ratio = re.compile(r"\bx\d\.\d{3}\b")  # of perplexities
-    assert all(map(ratio.search, lines[1:5])) and names(lines[5], chosen)
-    assert json_cache.read(home / "formats.json") == {"fp int4 int8 bfloat16 float32": chosen}
+    assert all(map(ratio.search, lines[1:4])) and names(lines[4], chosen)
+    assert json_cache.read(home / "formats.json") == {"fp int8 bfloat16 float32": chosen}
     lines.clear()
     assert dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lines.append) == chosen and not lines
     # With known accurate dtypes, no weights are read.
@@ -175,7 +175,7 @@ def test_choose_dtype_is_cached(home, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("id", [CHAT, "qwen2.5-coder-0.5b-instruct"])
 def test_catalogue_dtypes_equal_measured_accurate_dtypes(model_file, id):
-    perplexities = {dtype: dtypes.perplexity(model_file(id), dtype) for dtype in dtypes.DTYPES}
+    perplexities = {dtype: dtypes.perplexity(model_file(id), dtype) for dtype in dtypes.AUTO_DTYPES}
     limit = perplexities["float32"] * dtypes.MAX_PERPLEXITY_RATIO
     accepted = tuple(dtype for dtype, perplexity in perplexities.items() if perplexity <= limit)
     assert catalogue.load().models[id].dtypes == accepted
@@ -238,28 +238,24 @@ def test_choose_dtype_damaged_weights_raise_value_error(home, tmp_path):
 def test_expected_dtype_without_measurement_is_widest_that_fits(home, monkeypatch):
     """Regression: the memory of the narrowest dtype was reserved, but the widest was loaded."""
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)
-    need = {dtype: dtypes.weight_bytes(cfg, dtype) for dtype in dtypes.DTYPES}
+    need = {dtype: dtypes.weight_bytes(cfg, dtype) for dtype in dtypes.AUTO_DTYPES}
     assert dtypes.expected_dtype(cfg, "fp", 0) == "float32", (
         "before the measurement, the widest dtype is expected"
     )
     assert dtypes.expected_dtype(cfg, "fp", 0, ("int8", "bfloat16")) == "bfloat16"
     assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=need["bfloat16"] + 1) == "bfloat16"
     assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=need["bfloat16"]) == "int8"
-    assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=1) == "int4", (
+    assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=1) == "int8", (
         "loading will raise MemoryError"
     )
-    json_cache.add(home / "formats.json", "fp int4 int8 bfloat16", "int8")
+    json_cache.add(home / "formats.json", "fp int8 bfloat16", "int8")
     assert dtypes.expected_dtype(cfg, "fp", 0) == "int8", (
         "a result measured without float32 is used"
     )
-    json_cache.add(home / "formats.json", "fp int4 int8 bfloat16 float32", "bfloat16")
+    json_cache.add(home / "formats.json", "fp int8 bfloat16 float32", "bfloat16")
     assert dtypes.expected_dtype(cfg, "fp", 0) == "bfloat16"
     set_available_memory(monkeypatch, 20)
-    assert dtypes.fitting_dtypes("m", cfg, 0, memory_limit=need["bfloat16"]) == (
-        "int4",
-        "int8",
-        "bfloat16",
-    )
+    assert dtypes.fitting_dtypes("m", cfg, 0, memory_limit=need["bfloat16"]) == ("int8", "bfloat16")
 
 
 # -- gaps in the vocabulary ------------------------------------------------------------------------

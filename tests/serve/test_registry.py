@@ -80,8 +80,8 @@ def test_load_user_file_overrides_built_in(tmp_path: Path) -> None:
         ("[models]\nmine = 1", ["models.mine", 1]),
         (MODEL.replace("decoder", "oracle"), ["models.mine.kind", "'oracle'"]),
         (
-            MODEL.replace("context = 2", 'context = 2\nformats = ["int4"]'),
-            ["models.mine.formats", "'int4'"],
+            MODEL.replace("context = 2", 'context = 2\nformats = ["int2"]'),
+            ["models.mine.formats", "'int2'"],
         ),
         (MODEL.replace("context", "contexts"), ["models.mine.context"]),
         (MODEL.replace("context = 2", 'context = "2"'), ["models.mine.context", "'2'", "int"]),

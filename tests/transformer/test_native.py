@@ -186,8 +186,14 @@ def filled_cache(cfg: Config, num_rows: int, dtype: str) -> tuple[cache.KVCache,
     return jax.tree.map(fill, kv_cache), tables
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize(("num_rows", "dtype"), [(1, "bfloat16"), (3, "float32"), (5, "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "num_rows", "dtype"),
+    [
+        *((name, 5, "bfloat16") for name in DECODERS),
+        ("llama", 1, "bfloat16"),
+        ("windows", 3, "float32"),
+    ],
+)
 def test_native_step_matches_layers_one_by_one(name, num_rows, dtype):
     cfg = replace(BASE, **DECODERS[name])
     params = quantized(cfg)
