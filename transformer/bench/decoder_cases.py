@@ -540,7 +540,7 @@ def _model_bytes(cfg: Config, dtype: str) -> float:
 
 
 def _bytes_per_weight(key_path: tuple, leaf: Linear, cfg: Config, dtype: str) -> float:
-    name = _name(key_path) if key_path else "head"
+    name = _name(key_path) or "head"  # the path of the head is its index
     if dtype == "int4" and quant.has_blocks(leaf.weight.shape):
         return quant.GROUP_BYTES[quant.bits_of(name)] / (quant.GROUP * quant.BLOCK)
     is_skipped = dtype == "int4" or dtype == "int8" and name in quarot.int8_skip_modules(cfg)
